@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, one algorithm a file. They import nothing of the package but `kernels.common`."""

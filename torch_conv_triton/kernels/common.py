@@ -1,0 +1,246 @@
+"""What every kernel shares: operand rounding, the dot of one tile, the implicit-GEMM reduction, offsets and packed weights."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# decided when Triton decorates the kernels, so it holds for every kernel of this process
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def round_tf32(x):
+    """Round float32 to the nearest TF32 value, ties away from zero: tl.dot by itself truncates the low 13 bits."""
+    if INTERPRET:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        # NaN and Inf have all exponent bits set; adding to them could carry into the sign
+        return tl.where((bits & 0x7F800000) == 0x7F800000, x, rounded)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def dot_tile(x, w, acc, WEIGHTS_LEFT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x w^T for x [BLOCK_M, BLOCK_K] and w [BLOCK_N, BLOCK_K]; transposed ([BLOCK_N, BLOCK_M]) with WEIGHTS_LEFT."""
+    if INTERPRET:
+        # the interpreter multiplies the bit patterns of bfloat16
+        x = x.to(tl.float32)
+        w = w.to(tl.float32)
+    if WEIGHTS_LEFT:
+        return tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def widen(index, INT64: tl.constexpr):
+    """The index in the type in which offsets are computed: int64 only where a tensor spans 2^31 elements or more."""
+    if INT64:
+        return index.to(tl.int64)
+    else:
+        return index
+
+
+@triton.jit
+def load_x_tile(
+    x_ptr,  # row start of the tile: sample (scalar or one per row) and group already added
+    pos,  # [BLOCK_M] position in x of tap 0
+    row_mask,  # [BLOCK_M]
+    r,  # [BLOCK_K] reduction index
+    taps,  # taps that exist; more may be laid out in the reduction
+    L_in,
+    dilation,
+    stride_xc,
+    stride_xl,
+    C_IN: tl.constexpr,
+    K: tl.constexpr,
+    TAP_MAJOR: tl.constexpr,
+    FEWER_TAPS: tl.constexpr,  # `taps` may be below K
+    INT64: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Gather x[pos + k * dilation, c] for each row and each reduction index r = (c, k), zero outside the signal: [BLOCK_M, BLOCK_K]."""
+    if TAP_MAJOR:
+        k = r // C_IN
+        c = r % C_IN
+    else:
+        k = r % K
+        c = r // K
+    at = pos[:, None] + (k * dilation)[None, :]
+    mask = row_mask[:, None] & (at >= 0) & (at < L_in)
+    if FEWER_TAPS:
+        mask = mask & (k < taps)[None, :]
+    if (C_IN * K) % BLOCK_K != 0:
+        mask = mask & (r < C_IN * K)[None, :]
+    offsets = at * stride_xl + widen(c, INT64)[None, :] * stride_xc
+    return tl.load(x_ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_w_tile(w_ptr, o, r, stride_wo, C_OUT, R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows o of the weight matrix [C_OUT, R], columns r (contiguous): [BLOCK_N, BLOCK_K]."""
+    mask = (o < C_OUT)[:, None]
+    if R % BLOCK_K != 0:
+        mask = mask & (r < R)[None, :]
+    return tl.load(w_ptr + o[:, None] * stride_wo + r[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    y_ptr,  # row start of the tile: sample (scalar or one per row) and group already added
+    b_ptr,
+    acc,
+    row_mask,
+    at,  # [BLOCK_M] position in y of each row
+    o,
+    C_OUT,
+    stride_yc,
+    stride_yl,
+    HAS_BIAS: tl.constexpr,
+    WEIGHTS_LEFT: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """Add the bias in float32, round once, store the tile."""
+    o_mask = o < C_OUT
+    o_offsets = widen(o, INT64) * stride_yc
+    bias = tl.zeros(o.shape, tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(b_ptr + o, mask=o_mask, other=0.0).to(tl.float32)
+    if WEIGHTS_LEFT:
+        offsets = (at * stride_yl)[None, :] + o_offsets[:, None]
+        mask = o_mask[:, None] & row_mask[None, :]
+        acc += bias[:, None]
+    else:
+        offsets = (at * stride_yl)[:, None] + o_offsets[None, :]
+        mask = row_mask[:, None] & o_mask[None, :]
+        acc += bias[None, :]
+    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def implicit_gemm(
+    x_ptr,
+    w_ptr,
+    pos,
+    row_mask,
+    o,
+    taps,
+    L_in,
+    C_OUT,
+    dilation,
+    stride_xc,
+    stride_xl,
+    stride_wo,
+    C_IN: tl.constexpr,
+    K: tl.constexpr,
+    TAP_MAJOR: tl.constexpr,
+    FEWER_TAPS: tl.constexpr,
+    ROUND_X: tl.constexpr,
+    ROUND_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WEIGHTS_LEFT: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sum over channels and taps of one output tile: the convolution as a matrix product whose x operand is gathered, never stored.
+
+    The reduction index r runs over channels within a tap (TAP_MAJOR, suits NLC) or over taps within a channel (suits NCL,
+    and is the order of a contiguous weight).
+    """
+    R: tl.constexpr = C_IN * K
+    if WEIGHTS_LEFT:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for r0 in range(0, R, BLOCK_K):
+        r = r0 + tl.arange(0, BLOCK_K)
+        x = load_x_tile(
+            x_ptr, pos, row_mask, r, taps, L_in, dilation, stride_xc, stride_xl, C_IN, K, TAP_MAJOR, FEWER_TAPS, INT64, BLOCK_K
+        )
+        w = load_w_tile(w_ptr, o, r, stride_wo, C_OUT, R, BLOCK_K)
+        if ROUND_X:
+            x = round_tf32(x)
+        if ROUND_W:
+            w = round_tf32(w)
+        acc = dot_tile(x, w, acc, WEIGHTS_LEFT, PRECISION)
+    return acc
+
+
+@triton.jit
+def pack_weight_kernel(
+    w_ptr,
+    out_ptr,
+    numel,
+    stride_wo,
+    stride_wc,
+    stride_wk,
+    C_IN: tl.constexpr,
+    K: tl.constexpr,
+    TAP_MAJOR: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[o, r] = w[o, c, k] with r in the order of the reduction, rounded to TF32 where asked."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o = i // (C_IN * K)
+    r = i % (C_IN * K)
+    if TAP_MAJOR:
+        k = r // C_IN
+        c = r % C_IN
+    else:
+        k = r % K
+        c = r // K
+    w = tl.load(w_ptr + o * stride_wo + c * stride_wc + k * stride_wk, mask=i < numel, other=0.0)
+    if ROUND:
+        w = round_tf32(w)
+    tl.store(out_ptr + i, w, mask=i < numel)
+
+
+def pack_weight(weight: Tensor, tap_major: bool, rounded: bool) -> Tensor:
+    """The weight ``(C_out, C_in / groups, K)`` as a matrix ``(C_out, R)`` in reduction order, TF32-rounded if `rounded`."""
+    C_out, C_in, K = weight.shape
+    packed = torch.empty((C_out, C_in * K), dtype=weight.dtype, device=weight.device)
+    block = 1024
+    pack_weight_kernel[(triton.cdiv(packed.numel(), block),)](
+        weight, packed, packed.numel(), *weight.stride(), C_IN=C_in, K=K, TAP_MAJOR=tap_major, ROUND=rounded, BLOCK=block
+    )
+    return packed
+
+
+def weight_matrix(weight: Tensor, tap_major: bool, rounded: bool) -> tuple[Tensor, int, bool]:
+    """The weight in reduction order: (tensor, row stride, whether its values are already rounded to TF32).
+
+    A weight that is stored in that order is used as it is; any other is packed, which costs one pass over it.
+    """
+    _, C_in, K = weight.shape
+    stride_o, stride_c, stride_k = weight.stride()
+    if tap_major:
+        in_order = (stride_c == 1 or C_in == 1) and (stride_k == C_in or K == 1)
+    else:
+        in_order = (stride_k == 1 or K == 1) and (stride_c == K or C_in == 1)
+    if in_order and not (tap_major and rounded):
+        return weight, stride_o, False
+    packed = pack_weight(weight, tap_major, rounded)
+    return packed, packed.stride(0), rounded
+
+
+def needs_int64(*tensors: Tensor) -> bool:
+    """Whether an offset within one sample of a ``(N, C, L)`` tensor, or a position in it, can pass 2^31 - 1."""
+    return any(
+        sum((size - 1) * abs(stride) for size, stride in zip(t.shape[1:], t.stride()[1:])) > 2**31 - 1 - 2**20 for t in tensors
+    )
+
+
+def dot_precision(dtype: torch.dtype, tf32: bool) -> str:
+    """`input_precision` of tl.dot: full float32 is three TF32 products (error near 2^-22), which keeps it on tensor cores."""
+    if dtype != torch.float32 or tf32:
+        return "tf32"
+    return "ieee" if INTERPRET.value else "tf32x3"

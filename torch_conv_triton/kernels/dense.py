@@ -1,0 +1,180 @@
+"""Dense and grouped convolution as implicit GEMM: a program computes BLOCK_M output positions x BLOCK_N output channels of one group."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_conv_triton.kernels.common import (
+    dot_precision,
+    implicit_gemm,
+    needs_int64,
+    store_tile,
+    weight_matrix,
+    widen,
+)
+
+
+@triton.jit(do_not_specialize=["N", "L_in", "L_out", "tiles_m", "tiles_n", "padding"])
+def conv1d_dense_fwd_kernel(
+    x_ptr,  # (N, C_in, L_in), any strides
+    w_ptr,  # (C_out, R) in reduction order
+    b_ptr,  # (C_out,), or unused
+    y_ptr,  # (N, C_out, L_out), any strides
+    N,
+    L_in,
+    L_out,
+    C_OUT,  # per group
+    stride,
+    padding,
+    dilation,
+    stride_xn,
+    stride_xc,
+    stride_xl,
+    stride_wo,
+    stride_yn,
+    stride_yc,
+    stride_yl,
+    tiles_m,
+    tiles_n,
+    GROUPS: tl.constexpr,
+    C_IN: tl.constexpr,  # per group
+    K: tl.constexpr,
+    FLATTEN: tl.constexpr,  # rows run over N * L_out instead of the L_out of one sample
+    TAP_MAJOR: tl.constexpr,
+    ROUND_X: tl.constexpr,
+    ROUND_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WEIGHTS_LEFT: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # channel tiles are the fastest so that programs that read the same x run together and find it in L2
+    pid = tl.program_id(0)
+    tile_n = pid % tiles_n
+    group = (pid // tiles_n) % GROUPS
+    tile_m = (pid // (tiles_n * GROUPS)) % tiles_m
+    sample = pid // (tiles_n * GROUPS * tiles_m)
+
+    m = widen(tile_m, INT64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if FLATTEN:
+        row_mask = m < N * L_out
+        n = (m // L_out).to(tl.int64)
+        l_out = m % L_out
+        x_rows = (x_ptr + n * stride_xn)[:, None]
+        if WEIGHTS_LEFT:
+            y_rows = (y_ptr + n * stride_yn)[None, :]
+        else:
+            y_rows = (y_ptr + n * stride_yn)[:, None]
+    else:
+        row_mask = m < L_out
+        l_out = m
+        x_rows = x_ptr + sample.to(tl.int64) * stride_xn
+        y_rows = y_ptr + sample.to(tl.int64) * stride_yn
+    o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    acc = implicit_gemm(
+        x_rows + widen(group, INT64) * C_IN * stride_xc,
+        w_ptr + group * C_OUT * stride_wo,
+        l_out * stride - padding,
+        row_mask,
+        o,
+        K,
+        L_in,
+        C_OUT,
+        dilation,
+        stride_xc,
+        stride_xl,
+        stride_wo,
+        C_IN,
+        K,
+        TAP_MAJOR,
+        False,
+        ROUND_X,
+        ROUND_W,
+        PRECISION,
+        WEIGHTS_LEFT,
+        INT64,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    store_tile(
+        y_rows + widen(group, INT64) * C_OUT * stride_yc,
+        b_ptr + group * C_OUT,
+        acc,
+        row_mask,
+        l_out,
+        o,
+        C_OUT,
+        stride_yc,
+        stride_yl,
+        HAS_BIAS,
+        WEIGHTS_LEFT,
+        INT64,
+    )
+
+
+def conv1d_dense(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    tf32: bool,
+    tap_major: bool,
+    config,
+) -> None:
+    """Write the convolution of x ``(N, C_in, L_in)`` with weight ``(C_out, C_in / groups, K)`` into y ``(N, C_out, L_out)``.
+
+    Any strides. `tap_major` orders the reduction for NLC. `config` holds BLOCK_M, BLOCK_N, BLOCK_K, weights_left, num_warps, num_stages.
+    """
+    N, _, L_in = x.shape
+    _, C_out, L_out = y.shape
+    _, C_in, K = weight.shape
+    w, stride_wo, rounded = weight_matrix(weight, tap_major, tf32)
+    flatten = N > 1 and L_out < config.BLOCK_M
+    rows = N * L_out if flatten else L_out
+    tiles_m = triton.cdiv(rows, config.BLOCK_M)
+    tiles_n = triton.cdiv(C_out // groups, config.BLOCK_N)
+    conv1d_dense_fwd_kernel[(tiles_n * groups * tiles_m * (1 if flatten else N),)](
+        x,
+        w,
+        bias if bias is not None else w,
+        y,
+        N,
+        L_in,
+        L_out,
+        C_out // groups,
+        stride,
+        padding,
+        dilation,
+        *x.stride(),
+        stride_wo,
+        *y.stride(),
+        tiles_m,
+        tiles_n,
+        GROUPS=groups,
+        C_IN=C_in,
+        K=K,
+        FLATTEN=flatten,
+        TAP_MAJOR=tap_major,
+        ROUND_X=tf32,
+        ROUND_W=tf32 and not rounded,
+        PRECISION=dot_precision(x.dtype, tf32),
+        HAS_BIAS=bias is not None,
+        WEIGHTS_LEFT=config.weights_left,
+        INT64=needs_int64(x, y),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,183 @@
+"""Dense convolution, weight-stationary: each program loads its weight matrix once and walks over tiles of the output with it.
+
+Suits many positions and few channels, where the tile kernel would read the weights from L2 again for every tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_conv_triton.kernels.common import (
+    dot_precision,
+    dot_tile,
+    load_w_tile,
+    load_x_tile,
+    needs_int64,
+    round_tf32,
+    store_tile,
+    weight_matrix,
+    widen,
+)
+
+
+@triton.jit(do_not_specialize=["L_in", "L_out", "tiles_m", "tiles", "padding"])
+def conv1d_dense_persistent_fwd_kernel(
+    x_ptr,  # (N, C_in, L_in), any strides
+    w_ptr,  # (C_out, R) in reduction order
+    b_ptr,  # (C_out,), or unused
+    y_ptr,  # (N, C_out, L_out), any strides
+    L_in,
+    L_out,
+    C_OUT,  # per group
+    stride,
+    padding,
+    dilation,
+    stride_xn,
+    stride_xc,
+    stride_xl,
+    stride_wo,
+    stride_yn,
+    stride_yc,
+    stride_yl,
+    tiles_m,  # of one sample
+    tiles,  # tiles_m * N
+    tiles_n,
+    GROUPS: tl.constexpr,
+    C_IN: tl.constexpr,  # per group
+    K: tl.constexpr,
+    TAP_MAJOR: tl.constexpr,
+    ROUND_X: tl.constexpr,
+    ROUND_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WEIGHTS_LEFT: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # a program keeps its channel tile and group; the programs of one output tile run side by side
+    pid = tl.program_id(0)
+    tile_n = pid % tiles_n
+    group = (pid // tiles_n) % GROUPS
+    worker = pid // (tiles_n * GROUPS)
+    workers = tl.num_programs(0) // (tiles_n * GROUPS)
+
+    R: tl.constexpr = C_IN * K
+    STEPS: tl.constexpr = (R + BLOCK_K - 1) // BLOCK_K
+    o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_tiles = ()
+    for i in tl.static_range(STEPS):
+        r = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        w = load_w_tile(w_ptr + group * C_OUT * stride_wo, o, r, stride_wo, C_OUT, R, BLOCK_K)
+        if ROUND_W:
+            w = round_tf32(w)
+        w_tiles = w_tiles + (w,)
+
+    x_group = x_ptr + widen(group, INT64) * C_IN * stride_xc
+    y_group = y_ptr + widen(group, INT64) * C_OUT * stride_yc
+    for tile in tl.range(worker, tiles, workers, num_stages=STAGES):
+        sample = (tile // tiles_m).to(tl.int64)
+        l_out = widen(tile % tiles_m, INT64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_mask = l_out < L_out
+        pos = l_out * stride - padding
+        if WEIGHTS_LEFT:
+            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for i in tl.static_range(STEPS):
+            r = i * BLOCK_K + tl.arange(0, BLOCK_K)
+            x = load_x_tile(
+                x_group + sample * stride_xn,
+                pos,
+                row_mask,
+                r,
+                K,
+                L_in,
+                dilation,
+                stride_xc,
+                stride_xl,
+                C_IN,
+                K,
+                TAP_MAJOR,
+                False,
+                INT64,
+                BLOCK_K,
+            )
+            if ROUND_X:
+                x = round_tf32(x)
+            acc = dot_tile(x, w_tiles[i], acc, WEIGHTS_LEFT, PRECISION)
+        store_tile(
+            y_group + sample * stride_yn,
+            b_ptr + group * C_OUT,
+            acc,
+            row_mask,
+            l_out,
+            o,
+            C_OUT,
+            stride_yc,
+            stride_yl,
+            HAS_BIAS,
+            WEIGHTS_LEFT,
+            INT64,
+        )
+
+
+def conv1d_dense_persistent(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    tf32: bool,
+    tap_major: bool,
+    programs: int,
+    config,
+) -> None:
+    """As `conv1d_dense`, with about `programs` programs that each hold BLOCK_N rows of the weight for their whole life."""
+    N, _, L_in = x.shape
+    _, C_out, L_out = y.shape
+    _, C_in, K = weight.shape
+    w, stride_wo, rounded = weight_matrix(weight, tap_major, tf32)
+    tiles_m = triton.cdiv(L_out, config.BLOCK_M)
+    columns = triton.cdiv(C_out // groups, config.BLOCK_N) * groups
+    workers = min(max(programs // columns, 1), tiles_m * N)
+    conv1d_dense_persistent_fwd_kernel[(workers * columns,)](
+        x,
+        w,
+        bias if bias is not None else w,
+        y,
+        L_in,
+        L_out,
+        C_out // groups,
+        stride,
+        padding,
+        dilation,
+        *x.stride(),
+        stride_wo,
+        *y.stride(),
+        tiles_m,
+        tiles_m * N,
+        columns // groups,
+        GROUPS=groups,
+        C_IN=C_in,
+        K=K,
+        TAP_MAJOR=tap_major,
+        ROUND_X=tf32,
+        ROUND_W=tf32 and not rounded,
+        PRECISION=dot_precision(x.dtype, tf32),
+        HAS_BIAS=bias is not None,
+        WEIGHTS_LEFT=config.weights_left,
+        INT64=needs_int64(x, y),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )

@@ -1,0 +1,134 @@
+"""Dense convolution of channels-last x through tensor descriptors (Hopper and later): every tap is a row shift of one block copy.
+
+In NLC a tap moves along an outer dimension, so any padding, dilation and length gives an aligned copy, and rows outside the
+signal arrive as zeros. With stride s, x is seen as (N, L_in / s, s, C): a tap is then one (row shift, phase).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, store_tile, weight_matrix, widen
+
+
+@triton.jit(do_not_specialize=["L_out", "tiles_m", "tiles_n"])
+def conv1d_dense_tma_fwd_kernel(
+    x_desc,  # (N, L_in / STRIDE, STRIDE, C_in), block [1, BLOCK_M, 1, BLOCK_K]
+    w_desc,  # (C_out, K * C_in), block [BLOCK_N, BLOCK_K]
+    b_ptr,  # (C_out,), or unused
+    y_ptr,  # (N, C_out, L_out), any strides
+    L_out,
+    C_OUT,  # per group
+    dilation,
+    stride_yn,
+    stride_yc,
+    stride_yl,
+    tiles_m,
+    tiles_n,
+    GROUPS: tl.constexpr,
+    C_IN: tl.constexpr,  # per group
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    ROUND_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    tile_n = pid % tiles_n
+    group = (pid // tiles_n) % GROUPS
+    tile_m = (pid // (tiles_n * GROUPS)) % tiles_m
+    sample = pid // (tiles_n * GROUPS * tiles_m)
+
+    CHUNKS: tl.constexpr = C_IN // BLOCK_K
+    # padding rounded up to whole rows of the view keeps the division below on non-negative numbers
+    PADDED_ROWS: tl.constexpr = (PADDING + STRIDE - 1) // STRIDE
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for i in range(0, K * CHUNKS):
+        k = i // CHUNKS
+        c = (i % CHUNKS) * BLOCK_K
+        shift = k * dilation + (PADDED_ROWS * STRIDE - PADDING)
+        row = tile_m * BLOCK_M + shift // STRIDE - PADDED_ROWS
+        x = x_desc.load([sample, row, shift % STRIDE, group * C_IN + c]).reshape(BLOCK_M, BLOCK_K)
+        w = w_desc.load([group * C_OUT + tile_n * BLOCK_N, k * C_IN + c])
+        if ROUND_X:
+            x = round_tf32(x)
+        acc = dot_tile(x, w, acc, False, PRECISION)
+
+    l_out = widen(tile_m, INT64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    store_tile(
+        y_ptr + sample.to(tl.int64) * stride_yn + widen(group, INT64) * C_OUT * stride_yc,
+        b_ptr + group * C_OUT,
+        acc,
+        l_out < L_out,
+        l_out,
+        tile_n * BLOCK_N + tl.arange(0, BLOCK_N),
+        C_OUT,
+        stride_yc,
+        stride_yl,
+        HAS_BIAS,
+        False,
+        INT64,
+    )
+
+
+def conv1d_dense_tma(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    tf32: bool,
+    config,
+) -> None:
+    """As `conv1d_dense`, for x that `dispatch.tma_refusal` accepts: NLC, 16-byte aligned rows, whole channel blocks."""
+    N, C_total, L_in = x.shape
+    _, C_out, L_out = y.shape
+    _, C_in, K = weight.shape
+    w, stride_wo, _ = weight_matrix(weight, tap_major=True, rounded=tf32)
+    stride_n, _, stride_l = x.stride()
+    x_desc = TensorDescriptor(
+        x,
+        [N, L_in // stride, stride, C_total],
+        [stride_n, stride_l * stride, stride_l, 1],
+        [1, config.BLOCK_M, 1, config.BLOCK_K],
+    )
+    w_desc = TensorDescriptor(w, [C_out, K * C_in], [stride_wo, 1], [config.BLOCK_N, config.BLOCK_K])
+    tiles_m = triton.cdiv(L_out, config.BLOCK_M)
+    tiles_n = triton.cdiv(C_out // groups, config.BLOCK_N)
+    conv1d_dense_tma_fwd_kernel[(tiles_n * groups * tiles_m * N,)](
+        x_desc,
+        w_desc,
+        bias if bias is not None else w,
+        y,
+        L_out,
+        C_out // groups,
+        dilation,
+        *y.stride(),
+        tiles_m,
+        tiles_n,
+        GROUPS=groups,
+        C_IN=C_in,
+        K=K,
+        STRIDE=stride,
+        PADDING=padding,
+        ROUND_X=tf32,
+        PRECISION=dot_precision(x.dtype, tf32),
+        HAS_BIAS=bias is not None,
+        INT64=needs_int64(y),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
