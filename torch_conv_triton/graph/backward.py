@@ -1,0 +1,146 @@
+"""Splits `aten.convolution_backward` over one dimension into one operator of ours for each gradient that is used.
+
+Inductor's own lowering of `aten.convolution_backward` fixes the sequence length, so every new length would compile again;
+our operators take the length as it comes. That holds where aten computes the gradient, so no dtype is left out.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from torch_conv_triton import dispatch
+from torch_conv_triton.dispatch import Plan
+from torch_conv_triton.graph.convolution import (
+    Convolution,
+    aten,
+    is_contiguous,
+    named_arguments,
+    read,
+    reason_to_keep,
+    stand_in,
+    value,
+)
+from torch_conv_triton.graph.report import ConvRecord, module_of
+from torch_conv_triton.problem import Conv1dProblem
+
+ops = torch.ops.triton_conv
+
+KINDS = ("input_grad", "weight_grad")
+BIAS = 2
+ATEN = dispatch.aten("aten computes it inside our operator, so new lengths do not compile again")
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """A backward node: the convolution, the gradient ``(N, C_out, L_out)`` of its output, and the gradients asked for.
+
+    `gradients` maps 0 (input), 1 (weight) and 2 (bias) to the nodes that read them.
+    """
+
+    conv: Convolution
+    grad_output: Node
+    gradients: dict[int, list[Node]]
+
+
+def split_backward(graph: Graph, module_names: Mapping[str, str]) -> Iterator[ConvRecord]:
+    """Split every backward of a 1-D convolution in the graph; yields what happened to each gradient of input and weight.
+
+    `module_names` gives the name of a module by its id, as `module_of` takes it.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
+        conv = read(node)
+        if conv is None:
+            continue
+        module, problem = module_of(node, module_names), conv.problem()
+        backward = Backward(conv, named_arguments(node)["grad_output"], _gradients(node))
+        reason = _reason_to_keep(backward)
+        if reason is None:
+            plans = _split(graph, backward)
+        else:
+            plans = dict.fromkeys(backward.gradients, dispatch.aten(reason))
+        for index, plan in plans.items():
+            if index != BIAS:
+                yield ConvRecord.of(module, KINDS[index], problem, rewritten=reason is None, plan=plan)
+
+
+def _gradients(node: Node) -> dict[int, list[Node]]:
+    gradients: dict[int, list[Node]] = {}
+    for user in node.users:
+        gradients.setdefault(user.args[1], []).append(user)
+    return dict(sorted(gradients.items()))
+
+
+def _reason_to_keep(backward: Backward) -> str | None:
+    conv = backward.conv
+    reason = reason_to_keep(conv)
+    if reason is not None:
+        return reason
+    if conv.transposed and conv.output_padding >= conv.stride:
+        return "output_padding is not below the stride, so the output has samples that no whole step of the input gives"
+    for index, readers in backward.gradients.items():
+        if index != BIAS and not is_contiguous(value(readers[0])):
+            strides = tuple(value(readers[0]).stride())
+            return f"the graph relies on a gradient with strides {strides}, ours is contiguous"
+    return None
+
+
+def _split(graph: Graph, backward: Backward) -> dict[int, Plan]:
+    build: tuple[Callable[[Graph, Backward], tuple[Node, Plan]], ...] = (_input_grad, _weight_grad, _bias_grad)
+    plans = {}
+    for index, readers in backward.gradients.items():
+        with graph.inserting_before(backward.conv.node):
+            new, plans[index] = build[index](graph, backward)
+        new.meta.update(readers[0].meta)
+        for reader in readers:
+            reader.replace_all_uses_with(new)
+            graph.erase_node(reader)
+    graph.erase_node(backward.conv.node)
+    return plans
+
+
+def _input_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
+    conv, geometry = backward.conv, _geometry(backward.conv)
+    if conv.transposed:
+        # what a transposed convolution scatters, its gradient gathers: a plain convolution of grad_output
+        problem = Conv1dProblem.from_tensors(
+            stand_in(value(backward.grad_output)),
+            stand_in(value(conv.weight)),
+            None,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+        call = graph.call_function(ops.conv1d.default, (backward.grad_output, conv.weight, None, *geometry))
+        return call, dispatch.plan(problem, conv.device)
+    arguments = (backward.grad_output, conv.weight, _size(graph, conv.input, 2), *geometry)
+    return graph.call_function(ops.conv1d_input_grad.default, arguments), ATEN
+
+
+def _weight_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
+    conv = backward.conv
+    pair = (conv.input, backward.grad_output) if conv.transposed else (backward.grad_output, conv.input)
+    arguments = (*pair, _size(graph, conv.weight, 2), *_geometry(conv))
+    return graph.call_function(ops.conv1d_weight_grad.default, arguments), ATEN
+
+
+def _bias_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
+    return graph.call_function(aten.sum.dim_IntList, (backward.grad_output, [0, 2])), ATEN
+
+
+def _geometry(conv: Convolution) -> tuple[list[int], list[int], list[int], int]:
+    return [conv.stride], [conv.padding], [conv.dilation], conv.groups
+
+
+def _size(graph: Graph, tensor: Node, dim: int) -> int | Node:
+    size = value(tensor).shape[dim]
+    if isinstance(size, int):
+        return size
+    symbol = graph.call_function(aten.sym_size.int, (tensor, dim))
+    symbol.meta["val"] = size
+    return symbol

@@ -1,0 +1,74 @@
+"""Rewrites `aten.convolution` over one dimension into `triton_conv::conv1d` or `conv_transpose1d`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch.fx import Graph, Node
+
+from torch_conv_triton import dispatch
+from torch_conv_triton.graph.convolution import Convolution, aten, is_contiguous, read, reason_to_keep, value
+from torch_conv_triton.graph.report import ConvRecord, module_of
+
+
+def rewrite_convolutions(graph: Graph, module_names: Mapping[str, str]) -> Iterator[ConvRecord]:
+    """Rewrite every 1-D convolution of the graph that our operators can stand in for; yields what happened to each.
+
+    `module_names` gives the name of a module by its id, as `module_of` takes it.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.convolution.default):
+        conv = read(node)
+        if conv is None:
+            continue
+        problem, plan = conv.problem(), conv.plan()
+        reason = _reason_to_keep(conv)
+        if reason is None:
+            _rewrite(graph, conv, peel_bias=plan.is_aten and value(conv.input).device.type != "cpu")
+        else:
+            plan = dispatch.aten(reason)
+        yield ConvRecord.of(module_of(node, module_names), "forward", problem, rewritten=reason is None, plan=plan)
+
+
+def _reason_to_keep(conv: Convolution) -> str | None:
+    reason = reason_to_keep(conv) or dispatch.refusal(conv.problem())
+    if reason is None and not is_contiguous(value(conv.node)):
+        reason = f"the graph relies on an output with strides {tuple(value(conv.node).stride())}, ours is contiguous"
+    return reason
+
+
+def _rewrite(graph: Graph, conv: Convolution, peel_bias: bool) -> None:
+    # where aten runs, a separate addition fuses into the pointwise operators that follow, as it does in Inductor
+    peeled = conv.bias if peel_bias else None
+    with graph.inserting_before(conv.node):
+        new = call_convolution(graph, conv, None if peel_bias else conv.bias)
+        new.meta.update(conv.node.meta)
+        if peeled is not None:
+            column = graph.call_function(aten.unsqueeze.default, (peeled, -1))
+            column.meta["val"] = value(peeled).unsqueeze(-1)
+            new = graph.call_function(aten.add.Tensor, (new, column))
+            new.meta.update(conv.node.meta)
+    conv.node.replace_all_uses_with(new)
+    graph.erase_node(conv.node)
+
+
+def call_convolution(graph: Graph, conv: Convolution, bias: Node | None) -> Node:
+    """A call of our operator for the forward of `conv`."""
+    if conv.transposed:
+        return graph.call_function(
+            torch.ops.triton_conv.conv_transpose1d.default,
+            (
+                conv.input,
+                conv.weight,
+                bias,
+                [conv.stride],
+                [conv.padding],
+                [conv.output_padding],
+                conv.groups,
+                [conv.dilation],
+            ),
+        )
+    return graph.call_function(
+        torch.ops.triton_conv.conv1d.default,
+        (conv.input, conv.weight, bias, [conv.stride], [conv.padding], [conv.dilation], conv.groups),
+    )
