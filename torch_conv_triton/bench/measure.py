@@ -1,0 +1,112 @@
+"""One case on the GPU: checked against float64, then timed beside its peers. Runs in the worker process."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from functools import cache, partial
+
+import torch
+import triton
+from torch import Tensor
+
+from torch_conv_triton import dispatch, testing
+from torch_conv_triton.bench import check
+from torch_conv_triton.bench.peers import OURS, Tensors, convolution, forward_contestant, gradient_contestant
+from torch_conv_triton.bench.results import Accuracy, CaseResult
+from torch_conv_triton.bench.roofline import Ceilings, measure_ceilings
+from torch_conv_triton.bench.suite import Case
+from torch_conv_triton.bench.timing import Contestant, Stopwatch, Timing, race
+
+
+@cache
+def stopwatch() -> Stopwatch:
+    return Stopwatch()
+
+
+def describe_machine() -> dict[str, str]:
+    """The GPU and the versions that times depend on."""
+    properties = torch.cuda.get_device_properties()
+    return {
+        "gpu": properties.name,
+        "capability": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": str(properties.multi_processor_count),
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "l2_cache": f"{properties.L2_cache_size / 2**20:.0f} MiB",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "python": platform.python_version(),
+    }
+
+
+def ceilings(ms: float = 300) -> Ceilings:
+    """The rates of this GPU."""
+    return measure_ceilings(lambda call: stopwatch().time(call, ms).median_ms)
+
+
+def measure_case(
+    case: Case, peers: Sequence[str], rates: Ceilings, *, backward: bool = False, rounds: int = 3, ms: float = 200
+) -> CaseResult:
+    """Check `case`, then time ours and each peer for `ms` in `rounds` turns. A wrong result is reported and not timed."""
+    torch._dynamo.reset()
+    tensors = case.tensors("cuda")
+    problem = case.problem(tensors)
+    plan = dispatch.plan(problem, dispatch.device_for(tensors[0].device))
+    found = {"kernel": plan.kernel, "config": "" if plan.config is None else str(plan.config), "reason": plan.reason}
+    if backward:
+        grad_output = random_like_output(case, problem.L_out)
+        accuracy = gradient_accuracy(case, tensors, grad_output)
+        floor_ms = rates.backward_floor_ms(problem, case)
+    else:
+        accuracy = output_accuracy(case, tensors)
+        floor_ms = rates.floor_ms(problem)
+    found |= {"accuracy": accuracy, "floor_ms": floor_ms}
+    if not accuracy.passed:
+        message = f"relative error {accuracy.ours:.2e} against float64, above {accuracy.budget:.0e} (cuDNN: {accuracy.cudnn:.2e})"
+        return CaseResult.of(case, status="wrong", message=message, **found)
+
+    def enter(name: str) -> Contestant:
+        if backward:
+            return gradient_contestant(name, case, tensors, grad_output)
+        return forward_contestant(name, case, tensors)
+
+    timings = race({name: partial(enter, name) for name in (OURS, *peers)}, stopwatch().time, rounds, ms)
+    ours = timings.pop(OURS)
+    if not isinstance(ours, Timing):
+        return CaseResult.of(case, status="failed", message=ours, **found)
+    return CaseResult.of(case, status="ok", ours=ours, peers=timings, **found)
+
+
+def random_like_output(case: Case, L_out: int) -> Tensor:
+    """A random gradient of y, ``(N, C_out, L_out)`` contiguous."""
+    C_out = case.w_shape[1] * case.groups if case.transposed else case.w_shape[0]
+    dtype = case.problem().dtype
+    return torch.randn(
+        case.x_shape[0], C_out, L_out, dtype=dtype, device="cuda", generator=torch.Generator("cuda").manual_seed(1)
+    )
+
+
+def output_accuracy(case: Case, tensors: Tensors) -> Accuracy:
+    """Errors of our output, written over NaN, and of cuDNN's."""
+    with torch.no_grad():
+        with testing.poisoned_allocations():
+            ours = convolution(OURS, case)(*tensors)
+        errors, compared = check.output_errors(case, tensors, (ours, convolution("cudnn", case)(*tensors)))
+    return Accuracy(*errors, budget=budget(case), compared=compared)
+
+
+def gradient_accuracy(case: Case, tensors: Tensors, grad_output: Tensor) -> Accuracy:
+    """The largest errors of our gradients, written over NaN, and of cuDNN's."""
+
+    with testing.poisoned_allocations():
+        ours = gradient_contestant(OURS, case, tensors, grad_output).call()
+    cudnn = gradient_contestant("cudnn", case, tensors, grad_output).call()
+    errors = check.gradient_errors(case, tensors, grad_output, (ours, cudnn))
+    return Accuracy(*errors, budget=budget(case), compared="all samples")
+
+
+def budget(case: Case) -> float:
+    problem = case.problem()
+    return testing.error_budget(problem.dtype, problem.precision)
