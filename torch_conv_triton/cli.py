@@ -15,6 +15,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 import torch_conv_triton
+from torch_conv_triton.bench.command import add_bench_arguments
+from torch_conv_triton.bench.command import main as bench
 from torch_conv_triton.problem import KERNEL_DTYPES, dtype_name
 
 DTYPES = {dtype_name(dtype): dtype for dtype in KERNEL_DTYPES}
@@ -25,11 +27,9 @@ class CommandError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (without the program's name) and return the exit status: 0 done, 1 a check failed, 2 wrong use."""
-    # bench has its own options in a module that only it needs
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(with_bench_options=arguments[:1] == ["bench"])
-    args = parser.parse_args(arguments)
+    """Run a command line (without the program's name); the exit status is 0 for done, 1 for a failed check, 2 for wrong use."""
+    parser = _parser()
+    args = parser.parse_args(argv)
     try:
         return args.run(args)
     except CommandError as error:
@@ -40,12 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser(with_bench_options: bool) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="torch-conv-triton", description="Fast 1-D convolutions for PyTorch, in Triton.")
     parser.add_argument("--version", action="version", version=f"torch_conv_triton {torch_conv_triton.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = _command(commands, "demo", _demo, "compile a small audio model, tell what happened to every convolution, check and time it")
+    demo = _command(
+        commands, "demo", _demo, "compile a small audio model, tell what happened to every convolution, check and time it"
+    )
     demo.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of weights and input (default: fp32)")
     _add_device(demo)
     _add_json(demo)
@@ -61,11 +63,9 @@ def _parser(with_bench_options: bool) -> argparse.ArgumentParser:
     _add_device(explain)
     _add_json(explain)
 
-    bench = _command(commands, "bench", _bench, "time convolutions and models beside cuDNN and torch.compile, on a GPU")
-    if with_bench_options:
-        from torch_conv_triton.bench.command import add_bench_arguments
-
-        add_bench_arguments(bench)
+    add_bench_arguments(
+        _command(commands, "bench", bench, "time convolutions and models beside cuDNN and torch.compile, on a GPU")
+    )
 
     doctor = _command(commands, "doctor", _doctor, "check the installation: GPU, versions, the backend, the kernels")
     _add_json(doctor)
@@ -116,12 +116,6 @@ def _explain(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
     return 0
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from torch_conv_triton.bench.command import main as bench
-
-    return bench(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -178,7 +172,9 @@ def _to(leaf: Any, device: torch.device) -> Any:
 def require_backend() -> None:
     """Raise CommandError where `torch.compile` does not know the backend by its name."""
     if "triton_conv" not in torch.compiler.list_backends():
-        raise CommandError('torch.compile finds no backend "triton_conv": install the package (pip install .), its sources are not enough')
+        raise CommandError(
+            'torch.compile finds no backend "triton_conv": install the package (pip install .), its sources are not enough'
+        )
 
 
 def interpret_kernels() -> None:

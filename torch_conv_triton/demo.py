@@ -75,7 +75,10 @@ class MiniVocoder(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What the demo found. Errors are relative (Frobenius) against eager in float64; times are medians in ms, or an error's text."""
+    """What the demo found.
+
+    Errors are relative (Frobenius), against eager in float64. Times are medians in ms, or the text of an error.
+    """
 
     where: str
     dtype: str
@@ -114,7 +117,7 @@ def build(device: torch.device, dtype: torch.dtype) -> tuple[MiniVocoder, Tensor
 
 @torch.no_grad()
 def run_demo(device: torch.device, dtype: torch.dtype) -> DemoResult:
-    """Run the demo and print what it does. On the CPU the kernels run where TRITON_INTERPRET=1 was set before they were loaded."""
+    """Run the demo and print what it does. On the CPU it wants TRITON_INTERPRET=1, set before any kernel is loaded."""
     where = _where(device)
     model, x = build(device, dtype)
     print(f"A mini vocoder (plain torch.nn), {dtype_name(dtype)}, x {tuple(x.shape)}, on {where}.\n", flush=True)
