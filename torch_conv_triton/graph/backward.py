@@ -6,7 +6,6 @@ our operators take the length as it comes. That holds where aten computes the gr
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -59,10 +58,7 @@ def split_backward(graph: Graph, module_names: Mapping[str, str]) -> Iterator[Co
         module, problem = module_of(node, module_names), conv.problem()
         backward = Backward(conv, named_arguments(node)["grad_output"], _gradients(node))
         reason = _reason_to_keep(backward)
-        if reason is None:
-            plans = _split(graph, backward)
-        else:
-            plans = dict.fromkeys(backward.gradients, dispatch.aten(reason))
+        plans = _split(graph, backward) if reason is None else dict.fromkeys(backward.gradients, dispatch.aten(reason))
         for index, plan in plans.items():
             if index != BIAS:
                 yield ConvRecord.of(module, KINDS[index], problem, rewritten=reason is None, plan=plan)
