@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ def forward(
     transposed: bool = False,
     output_padding: int = 0,
 ) -> Tensor:
-    """The (transposed) convolution of x ``(N, C_in, L_in)``, as ``(N, C_out, L_out)``, contiguous. Arguments are already checked."""
+    """The (transposed) convolution of x ``(N, C_in, L_in)``: ``(N, C_out, L_out)``, contiguous. Arguments are already checked."""
     problem = Conv1dProblem.from_tensors(x, weight, bias, stride, padding, dilation, groups, transposed, output_padding)
     plan = dispatch.plan(problem, dispatch.device_for(x.device))
     return forward_with(plan, problem, x, weight, bias)
@@ -48,8 +47,12 @@ def forward_with(plan: Plan, problem: Conv1dProblem, x: Tensor, weight: Tensor, 
 
 def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     tf32 = p.precision == "tf32"
-    tap_major = p.layout == "NLC"
     config = plan.config
+    if config.copy_to_nlc:
+        from torch_conv_triton.kernels.layout import channels_last_copy
+
+        # whole strides: the tensor-descriptor kernel sees x as rows of `stride` samples, and zeros beyond the end change nothing
+        x = channels_last_copy(x, p.stride)
     if plan.kernel == "depthwise":
         from torch_conv_triton.kernels.depthwise import conv1d_depthwise
 
@@ -57,14 +60,12 @@ def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tenso
     elif plan.kernel == "transposed":
         from torch_conv_triton.kernels.transposed import conv1d_transposed
 
-        conv1d_transposed(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, tap_major, config)
+        conv1d_transposed(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, config)
     elif plan.kernel == "dense_persistent":
         from torch_conv_triton.kernels.dense_persistent import conv1d_dense_persistent
 
         programs = dispatch.device_for(x.device).sm_count * config.programs_per_sm
-        conv1d_dense_persistent(
-            x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, tap_major, programs, config
-        )
+        conv1d_dense_persistent(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, programs, config)
     elif plan.kernel == "dense_tma":
         from torch_conv_triton.kernels.dense_tma import conv1d_dense_tma
 
@@ -72,4 +73,4 @@ def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tenso
     else:
         from torch_conv_triton.kernels.dense import conv1d_dense
 
-        conv1d_dense(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, tap_major, config)
+        conv1d_dense(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, config)

@@ -84,9 +84,7 @@ class Conv1dProblem:
 
     @property
     def L_out(self) -> int:
-        return output_length(
-            self.L_in, self.K, self.stride, self.padding, self.dilation, self.transposed, self.output_padding
-        )
+        return output_length(self.L_in, self.K, self.stride, self.padding, self.dilation, self.transposed, self.output_padding)
 
     @property
     def C_in_per_group(self) -> int:
@@ -105,6 +103,11 @@ class Conv1dProblem:
     def layout(self) -> str:
         """Layout of x: "NCL" (L contiguous), "NLC" (C contiguous) or "strided"; a tensor that is both is "NCL"."""
         return layout_of(self.x_strides, self.C_in, self.L_in)
+
+    @property
+    def extents(self) -> tuple[int, int]:
+        """Elements of x and of y, empty ones counted as none."""
+        return self.N * self.C_in * self.L_in, self.N * self.C_out * self.L_out
 
     @property
     def regime(self) -> str:
@@ -254,7 +257,9 @@ def check_arguments(
     if padding < 0:
         raise RuntimeError(f"negative padding is not supported, but got padding={padding}")
     if dilation <= 0:
-        raise RuntimeError(f"non-positive dilation is not supported (dilation should be greater than zero), but got dilation={dilation}")
+        raise RuntimeError(
+            f"non-positive dilation is not supported (dilation should be greater than zero), but got dilation={dilation}"
+        )
     if output_padding < 0:
         raise RuntimeError(f"negative output_padding is not supported, but got output_padding={output_padding}")
     if groups <= 0:

@@ -20,9 +20,7 @@ def round_tf32(x):
         # NaN and Inf have all exponent bits set; adding to them could carry into the sign
         return tl.where((bits & 0x7F800000) == 0x7F800000, x, rounded)
     else:
-        return tl.inline_asm_elementwise(
-            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -47,13 +45,40 @@ def widen(index, INT64: tl.constexpr):
         return index
 
 
+@triton.constexpr_function
+def reduction_steps(C_IN, K, TAP_MAJOR, BLOCK_K):
+    """Number of slices of BLOCK_K that the reduction over C_IN channels and K taps is cut into."""
+    if TAP_MAJOR:
+        return K * -(-C_IN // BLOCK_K)
+    return -(-C_IN * K // BLOCK_K)
+
+
+@triton.jit
+def reduction_slice(i, C_IN: tl.constexpr, K: tl.constexpr, TAP_MAJOR: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Slice i of the reduction: (channels [BLOCK_K], tap, columns of the weight matrix [BLOCK_K]).
+
+    TAP_MAJOR: BLOCK_K channels of one tap (a scalar); the taps of the same channels follow each other, so that the x they
+    share is still in L1. Otherwise taps run fastest, as in a contiguous weight, and a slice may hold several channels: for few
+    channels.
+    """
+    j = tl.arange(0, BLOCK_K)
+    if TAP_MAJOR:
+        k = i % K
+        c = (i // K) * BLOCK_K + j
+        return c, k, k * C_IN + c
+    else:
+        r = i * BLOCK_K + j
+        return r // K, r % K, r
+
+
 @triton.jit
 def load_x_tile(
     x_ptr,  # row start of the tile: sample (scalar or one per row) and group already added
     pos,  # [BLOCK_M] position in x of tap 0
     row_mask,  # [BLOCK_M]
-    r,  # [BLOCK_K] reduction index
-    taps,  # taps that exist; more may be laid out in the reduction
+    c,  # [BLOCK_K]
+    k,  # scalar or [BLOCK_K]
+    taps,  # taps that exist; the reduction may have more
     L_in,
     dilation,
     stride_xc,
@@ -65,30 +90,45 @@ def load_x_tile(
     INT64: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gather x[pos + k * dilation, c] for each row and each reduction index r = (c, k), zero outside the signal: [BLOCK_M, BLOCK_K]."""
+    """Gather x[pos + k * dilation, c], zero outside the signal: [BLOCK_M, BLOCK_K]."""
     if TAP_MAJOR:
-        k = r // C_IN
-        c = r % C_IN
+        rows = pos + k * dilation
+        row_mask = row_mask & (rows >= 0) & (rows < L_in)
+        if FEWER_TAPS:
+            row_mask = row_mask & (k < taps)
+        mask = row_mask[:, None]
+        if C_IN % BLOCK_K != 0:
+            mask = mask & (c < C_IN)[None, :]
+        offsets = (rows * stride_xl)[:, None]
     else:
-        k = r % K
-        c = r // K
-    at = pos[:, None] + (k * dilation)[None, :]
-    mask = row_mask[:, None] & (at >= 0) & (at < L_in)
-    if FEWER_TAPS:
-        mask = mask & (k < taps)[None, :]
-    if (C_IN * K) % BLOCK_K != 0:
-        mask = mask & (r < C_IN * K)[None, :]
-    offsets = at * stride_xl + widen(c, INT64)[None, :] * stride_xc
-    return tl.load(x_ptr + offsets, mask=mask, other=0.0)
+        at = pos[:, None] + (k * dilation)[None, :]
+        mask = row_mask[:, None] & (at >= 0) & (at < L_in)
+        if FEWER_TAPS:
+            mask = mask & (k < taps)[None, :]
+        if (C_IN * K) % BLOCK_K != 0:
+            mask = mask & (c < C_IN)[None, :]
+        offsets = at * stride_xl
+    return tl.load(x_ptr + (offsets + (widen(c, INT64) * stride_xc)[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
-def load_w_tile(w_ptr, o, r, stride_wo, C_OUT, R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows o of the weight matrix [C_OUT, R], columns r (contiguous): [BLOCK_N, BLOCK_K]."""
+def load_w_tile(
+    w_ptr,
+    o,
+    c,
+    r,
+    stride_wo,
+    C_OUT,
+    C_IN: tl.constexpr,
+    K: tl.constexpr,
+    TAP_MAJOR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows o and columns r (contiguous) of the weight matrix [C_OUT, R]: [BLOCK_N, BLOCK_K]."""
     mask = (o < C_OUT)[:, None]
-    if R % BLOCK_K != 0:
-        mask = mask & (r < R)[None, :]
-    return tl.load(w_ptr + o[:, None] * stride_wo + r[None, :], mask=mask, other=0.0)
+    if (C_IN if TAP_MAJOR else C_IN * K) % BLOCK_K != 0:
+        mask = mask & (c < C_IN)[None, :]
+    return tl.load(w_ptr + (o[:, None] * stride_wo + r[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -150,22 +190,32 @@ def implicit_gemm(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sum over channels and taps of one output tile: the convolution as a matrix product whose x operand is gathered, never stored.
-
-    The reduction index r runs over channels within a tap (TAP_MAJOR, suits NLC) or over taps within a channel (suits NCL,
-    and is the order of a contiguous weight).
-    """
-    R: tl.constexpr = C_IN * K
+    """Sum over channels and taps of one output tile: a matrix product whose x operand is gathered, never stored."""
     if WEIGHTS_LEFT:
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for r0 in range(0, R, BLOCK_K):
-        r = r0 + tl.arange(0, BLOCK_K)
+    for i in range(0, reduction_steps(C_IN, K, TAP_MAJOR, BLOCK_K)):
+        c, k, r = reduction_slice(i, C_IN, K, TAP_MAJOR, BLOCK_K)
         x = load_x_tile(
-            x_ptr, pos, row_mask, r, taps, L_in, dilation, stride_xc, stride_xl, C_IN, K, TAP_MAJOR, FEWER_TAPS, INT64, BLOCK_K
+            x_ptr,
+            pos,
+            row_mask,
+            c,
+            k,
+            taps,
+            L_in,
+            dilation,
+            stride_xc,
+            stride_xl,
+            C_IN,
+            K,
+            TAP_MAJOR,
+            FEWER_TAPS,
+            INT64,
+            BLOCK_K,
         )
-        w = load_w_tile(w_ptr, o, r, stride_wo, C_OUT, R, BLOCK_K)
+        w = load_w_tile(w_ptr, o, c, r, stride_wo, C_OUT, C_IN, K, TAP_MAJOR, BLOCK_K)
         if ROUND_X:
             x = round_tf32(x)
         if ROUND_W:
@@ -234,9 +284,12 @@ def weight_matrix(weight: Tensor, tap_major: bool, rounded: bool) -> tuple[Tenso
 
 def needs_int64(*tensors: Tensor) -> bool:
     """Whether an offset within one sample of a ``(N, C, L)`` tensor, or a position in it, can pass 2^31 - 1."""
-    return any(
-        sum((size - 1) * abs(stride) for size, stride in zip(t.shape[1:], t.stride()[1:])) > 2**31 - 1 - 2**20 for t in tensors
-    )
+    for tensor in tensors:
+        last = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+        # the last tile may compute offsets past the end before it masks them
+        if last > 2**31 - 2**20:
+            return True
+    return False
 
 
 def dot_precision(dtype: torch.dtype, tf32: bool) -> str:

@@ -1,4 +1,4 @@
-"""Dense and grouped convolution as implicit GEMM: a program computes BLOCK_M output positions x BLOCK_N output channels of one group."""
+"""Dense and grouped convolution as implicit GEMM: a program computes BLOCK_M positions x BLOCK_N channels of one group."""
 
 from __future__ import annotations
 
@@ -129,17 +129,16 @@ def conv1d_dense(
     dilation: int,
     groups: int,
     tf32: bool,
-    tap_major: bool,
     config,
 ) -> None:
     """Write the convolution of x ``(N, C_in, L_in)`` with weight ``(C_out, C_in / groups, K)`` into y ``(N, C_out, L_out)``.
 
-    Any strides. `tap_major` orders the reduction for NLC. `config` holds BLOCK_M, BLOCK_N, BLOCK_K, weights_left, num_warps, num_stages.
+    Any strides. `config` holds BLOCK_M, BLOCK_N, BLOCK_K, tap_major, weights_left, num_warps, num_stages.
     """
     N, _, L_in = x.shape
     _, C_out, L_out = y.shape
     _, C_in, K = weight.shape
-    w, stride_wo, rounded = weight_matrix(weight, tap_major, tf32)
+    w, stride_wo, rounded = weight_matrix(weight, config.tap_major, tf32)
     flatten = N > 1 and L_out < config.BLOCK_M
     rows = N * L_out if flatten else L_out
     tiles_m = triton.cdiv(rows, config.BLOCK_M)
@@ -165,7 +164,7 @@ def conv1d_dense(
         C_IN=C_in,
         K=K,
         FLATTEN=flatten,
-        TAP_MAJOR=tap_major,
+        TAP_MAJOR=config.tap_major,
         ROUND_X=tf32,
         ROUND_W=tf32 and not rounded,
         PRECISION=dot_precision(x.dtype, tf32),

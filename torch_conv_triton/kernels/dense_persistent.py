@@ -15,6 +15,8 @@ from torch_conv_triton.kernels.common import (
     load_w_tile,
     load_x_tile,
     needs_int64,
+    reduction_slice,
+    reduction_steps,
     round_tf32,
     store_tile,
     weight_matrix,
@@ -66,13 +68,12 @@ def conv1d_dense_persistent_fwd_kernel(
     worker = pid // (tiles_n * GROUPS)
     workers = tl.num_programs(0) // (tiles_n * GROUPS)
 
-    R: tl.constexpr = C_IN * K
-    STEPS: tl.constexpr = (R + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = reduction_steps(C_IN, K, TAP_MAJOR, BLOCK_K)
     o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     w_tiles = ()
     for i in tl.static_range(STEPS):
-        r = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        w = load_w_tile(w_ptr + group * C_OUT * stride_wo, o, r, stride_wo, C_OUT, R, BLOCK_K)
+        c, k, r = reduction_slice(i, C_IN, K, TAP_MAJOR, BLOCK_K)
+        w = load_w_tile(w_ptr + group * C_OUT * stride_wo, o, c, r, stride_wo, C_OUT, C_IN, K, TAP_MAJOR, BLOCK_K)
         if ROUND_W:
             w = round_tf32(w)
         w_tiles = w_tiles + (w,)
@@ -89,12 +90,13 @@ def conv1d_dense_persistent_fwd_kernel(
         else:
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for i in tl.static_range(STEPS):
-            r = i * BLOCK_K + tl.arange(0, BLOCK_K)
+            c, k, r = reduction_slice(i, C_IN, K, TAP_MAJOR, BLOCK_K)
             x = load_x_tile(
                 x_group + sample * stride_xn,
                 pos,
                 row_mask,
-                r,
+                c,
+                k,
                 K,
                 L_in,
                 dilation,
@@ -136,7 +138,6 @@ def conv1d_dense_persistent(
     dilation: int,
     groups: int,
     tf32: bool,
-    tap_major: bool,
     programs: int,
     config,
 ) -> None:
@@ -144,7 +145,7 @@ def conv1d_dense_persistent(
     N, _, L_in = x.shape
     _, C_out, L_out = y.shape
     _, C_in, K = weight.shape
-    w, stride_wo, rounded = weight_matrix(weight, tap_major, tf32)
+    w, stride_wo, rounded = weight_matrix(weight, config.tap_major, tf32)
     tiles_m = triton.cdiv(L_out, config.BLOCK_M)
     columns = triton.cdiv(C_out // groups, config.BLOCK_N) * groups
     workers = min(max(programs // columns, 1), tiles_m * N)
@@ -168,7 +169,7 @@ def conv1d_dense_persistent(
         GROUPS=groups,
         C_IN=C_in,
         K=K,
-        TAP_MAJOR=tap_major,
+        TAP_MAJOR=config.tap_major,
         ROUND_X=tf32,
         ROUND_W=tf32 and not rounded,
         PRECISION=dot_precision(x.dtype, tf32),

@@ -1,7 +1,7 @@
 """Dense convolution of channels-last x through tensor descriptors (Hopper and later): every tap is a row shift of one block copy.
 
 In NLC a tap moves along an outer dimension, so any padding, dilation and length gives an aligned copy, and rows outside the
-signal arrive as zeros. With stride s, x is seen as (N, L_in / s, s, C): a tap is then one (row shift, phase).
+signal arrive as zeros. With stride s, x is seen as (N, s, L_in / s, C): a tap is then one (phase, row shift).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int6
 
 @triton.jit(do_not_specialize=["L_out", "tiles_m", "tiles_n"])
 def conv1d_dense_tma_fwd_kernel(
-    x_desc,  # (N, L_in / STRIDE, STRIDE, C_in), block [1, BLOCK_M, 1, BLOCK_K]
+    x_desc,  # (N, STRIDE, L_in / STRIDE, C_in), block [1, 1, BLOCK_M, BLOCK_K]
     w_desc,  # (C_out, K * C_in), block [BLOCK_N, BLOCK_K]
     b_ptr,  # (C_out,), or unused
     y_ptr,  # (N, C_out, L_out), any strides
@@ -56,7 +56,8 @@ def conv1d_dense_tma_fwd_kernel(
         c = (i % CHUNKS) * BLOCK_K
         shift = k * dilation + (PADDED_ROWS * STRIDE - PADDING)
         row = tile_m * BLOCK_M + shift // STRIDE - PADDED_ROWS
-        x = x_desc.load([sample, row, shift % STRIDE, group * C_IN + c]).reshape(BLOCK_M, BLOCK_K)
+        # only leading unit dimensions fold into the copy: any other reshape would go through registers
+        x = x_desc.load([sample, shift % STRIDE, row, group * C_IN + c]).reshape(BLOCK_M, BLOCK_K)
         w = w_desc.load([group * C_OUT + tile_n * BLOCK_N, k * C_IN + c])
         if ROUND_X:
             x = round_tf32(x)
@@ -99,9 +100,9 @@ def conv1d_dense_tma(
     stride_n, _, stride_l = x.stride()
     x_desc = TensorDescriptor(
         x,
-        [N, L_in // stride, stride, C_total],
-        [stride_n, stride_l * stride, stride_l, 1],
-        [1, config.BLOCK_M, 1, config.BLOCK_K],
+        [N, stride, L_in // stride, C_total],
+        [stride_n, stride_l, stride_l * stride, 1],
+        [1, 1, config.BLOCK_M, config.BLOCK_K],
     )
     w_desc = TensorDescriptor(w, [C_out, K * C_in], [stride_wo, 1], [config.BLOCK_N, config.BLOCK_K])
     tiles_m = triton.cdiv(L_out, config.BLOCK_M)

@@ -1,4 +1,4 @@
-"""Depthwise convolution (any channel multiplier), plain and transposed, on CUDA cores: it moves bytes, it has no matrix to multiply."""
+"""Depthwise convolution, plain and transposed, any channel multiplier, on CUDA cores: there is no matrix to multiply."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def conv1d_depthwise_fwd_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if TRANSPOSED:
-        # output position t receives x[(t + padding - k * dilation) / stride] for the taps k of its phase: an arithmetic progression
+        # output t receives x[(t + padding - k * dilation) / stride] for the taps k of its phase, an arithmetic progression
         u = l_out + padding
         phase = u % stride
         first = ((phase // GCD) * TAP_INVERSE % TAP_STEP).to(tl.int32)
@@ -70,9 +70,7 @@ def conv1d_depthwise_fwd_kernel(
             at = pos - j * (dilation // GCD)
             mask = row_mask_taps & (k < K) & (at >= 0) & (at < L_in)
             x = tl.load(x_rows + (at * stride_xl)[:, None], mask=mask[:, None] & o_mask[None, :], other=0.0)
-            w = tl.load(
-                w_rows[None, :] + (k * stride_wk)[:, None], mask=(k < K)[:, None] & o_mask[None, :], other=0.0
-            )
+            w = tl.load(w_rows[None, :] + (k * stride_wk)[:, None], mask=(k < K)[:, None] & o_mask[None, :], other=0.0)
             acc += x.to(tl.float32) * w.to(tl.float32)
     else:
         for k in tl.range(0, K, loop_unroll_factor=4):
@@ -81,9 +79,7 @@ def conv1d_depthwise_fwd_kernel(
             x = tl.load(x_rows + (at * stride_xl)[:, None], mask=mask[:, None] & o_mask[None, :], other=0.0)
             w = tl.load(w_rows + k * stride_wk, mask=o_mask, other=0.0)
             acc += x.to(tl.float32) * w.to(tl.float32)[None, :]
-    store_tile(
-        y_ptr + sample * stride_yn, b_ptr, acc, row_mask, l_out, o, C_OUT, stride_yc, stride_yl, HAS_BIAS, False, INT64
-    )
+    store_tile(y_ptr + sample * stride_yn, b_ptr, acc, row_mask, l_out, o, C_OUT, stride_yc, stride_yl, HAS_BIAS, False, INT64)
 
 
 def conv1d_depthwise(
@@ -99,7 +95,8 @@ def conv1d_depthwise(
 ) -> None:
     """Write the depthwise convolution of x ``(N, C_in, L_in)`` into y ``(N, C_out, L_out)``; C_out is a multiple of C_in.
 
-    Weight ``(C_out, 1, K)``, or ``(C_in, C_out / C_in, K)`` when `transposed`. Any strides; BLOCK_M positions x BLOCK_N channels a program.
+    Weight ``(C_out, 1, K)``, or ``(C_in, C_out / C_in, K)`` when `transposed`. Any strides. A program computes
+    BLOCK_M positions x BLOCK_N channels.
     """
     N, C_in, L_in = x.shape
     _, C_out, L_out = y.shape

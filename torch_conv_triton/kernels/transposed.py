@@ -170,12 +170,11 @@ def conv1d_transposed(
     dilation: int,
     groups: int,
     tf32: bool,
-    tap_major: bool,
     config,
 ) -> None:
-    """Write the transposed convolution of x ``(N, C_in, L_in)`` with weight ``(C_in, C_out / groups, K)`` into y ``(N, C_out, L_out)``.
+    """Write the transposed convolution of x ``(N, C_in, L_in)`` into y ``(N, C_out, L_out)``.
 
-    Any strides; output padding is in the length of y. The weight is packed by phase first (one pass over it).
+    Weight ``(C_in, C_out / groups, K)``, any strides; output padding is in the length of y. The weight is packed by phase first (one pass over it).
     """
     N, _, L_in = x.shape
     _, C_out, L_out = y.shape
@@ -184,16 +183,16 @@ def conv1d_transposed(
     common = gcd(stride, dilation)
     step = stride // common
     phase_taps = triton.cdiv(K, step)
-    phases = dict(
-        GROUPS=groups,
-        C_IN=C_in,
-        K=K,
-        PHASE_TAPS=phase_taps,
-        GCD=common,
-        TAP_STEP=step,
-        TAP_INVERSE=pow(dilation // common, -1, step) if step > 1 else 0,
-        TAP_MAJOR=tap_major,
-    )
+    phases = {
+        "GROUPS": groups,
+        "C_IN": C_in,
+        "K": K,
+        "PHASE_TAPS": phase_taps,
+        "GCD": common,
+        "TAP_STEP": step,
+        "TAP_INVERSE": pow(dilation // common, -1, step) if step > 1 else 0,
+        "TAP_MAJOR": config.tap_major,
+    }
     packed = torch.empty((stride, C_out, C_in * phase_taps), dtype=weight.dtype, device=weight.device)
     block = 1024
     pack_phases_kernel[(triton.cdiv(packed.numel(), block),)](

@@ -1,0 +1,86 @@
+"""Compile the kernels that a launcher would launch for a GPU that need not be there, and read what the compiler made of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+# bytes of shared memory one block may use
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one kernel: bytes of shared memory, registers and spilled bytes a thread, tensor-core instructions."""
+
+    name: str
+    shared: int
+    registers: int
+    spills: int
+    tensor_core_ops: int
+    ptx: str
+
+
+@contextmanager
+def compile_only(capability: int):
+    """Within the context a kernel launch compiles for sm_`capability` instead of running; yields the list of `Compiled`."""
+    compiled: list[Compiled] = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        compiled.append(_compile(self, args, kwargs, capability))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield compiled
+
+
+def _compile(kernel: JITFunction, args, kwargs, capability: int) -> Compiled:
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    signature, constexprs, attrs = {}, {}, {}
+    values = dict(zip((p.name for p in kernel.params), args, strict=False)) | kwargs
+    for i, param in enumerate(kernel.params):
+        value = values[param.name]
+        specialised = not param.do_not_specialize
+        if param.is_constexpr or (isinstance(value, int) and value == 1 and specialised):
+            signature[param.name] = "constexpr"
+            constexprs[(i,)] = value
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(str(b) for b in value.block_shape)
+            signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = "*" + TYPES[value.dtype]
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and specialised:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = built.asm["ptx"]
+    registers, spills = _resources(ptx, capability)
+    tensor_core_ops = sum(ptx.count(op) for op in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
+    return Compiled(kernel.__name__, built.metadata.shared, registers, spills, tensor_core_ops, ptx)
+
+
+def _resources(ptx: str, capability: int) -> tuple[int, int]:
+    target = re.search(r"\.target\s+(sm_\w+)", ptx)[1]
+    ptxas = BINARIES / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"Used (\d+) registers", report)[1]), int(re.search(r"(\d+) bytes spill stores", report)[1])
