@@ -57,7 +57,9 @@ def _conv1d_fake(input, weight, bias=None, stride=1, padding=0, dilation=1, grou
     stride, padding, dilation = _geometry(stride, padding, dilation)
     check_arguments(input, weight, bias, stride, padding, dilation, groups)
     length = output_length(input.shape[2], weight.shape[2], stride, padding, dilation)
-    return input.new_empty((input.shape[0], weight.shape[0], length))
+    # aten answers no input channels with no output channels
+    channels = weight.shape[0] if input.shape[1] else 0
+    return input.new_empty((input.shape[0], channels, length))
 
 
 def _conv_transpose1d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
@@ -244,9 +246,13 @@ class Conv1dWeightGrad(torch.autograd.Function):
             )
 
 
-def _differentiable(function, op, composite, *args):
-    # functorch and forward AD differentiate only what aten is made of; complex gradients need aten's conjugates
-    if _functorch_active() or forward_ad._current_level >= 0 or args[0].is_complex():
+def differentiable(function, op, composite, *args):
+    """Run `op` on all of its arguments, by position, with gradients through `function`.
+
+    Functorch transforms and forward AD differentiate only what aten is made of, complex gradients need aten's conjugates,
+    and without channels the shapes are aten's own, so those run `composite`.
+    """
+    if _functorch_active() or forward_ad._current_level >= 0 or args[0].is_complex() or args[0].shape[1] == 0:
         return composite(*args)
     if torch.is_grad_enabled() and _any_requires_grad(*args):
         return function.apply(*args)
@@ -256,22 +262,22 @@ def _differentiable(function, op, composite, *args):
 
 def _conv1d_autograd(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     args = input, weight, bias, stride, padding, dilation, groups
-    return _differentiable(Conv1d, conv1d, _aten.conv1d.default, *args)
+    return differentiable(Conv1d, conv1d, _aten.conv1d.default, *args)
 
 
 def _conv_transpose1d_autograd(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
     args = input, weight, bias, stride, padding, output_padding, groups, dilation
-    return _differentiable(ConvTranspose1d, conv_transpose1d, _aten.conv_transpose1d.default, *args)
+    return differentiable(ConvTranspose1d, conv_transpose1d, _aten.conv_transpose1d.default, *args)
 
 
 def _conv1d_input_grad_autograd(grad_output, weight, input_length, stride=1, padding=0, dilation=1, groups=1):
     args = grad_output, weight, input_length, stride, padding, dilation, groups
-    return _differentiable(Conv1dInputGrad, conv1d_input_grad, _conv1d_input_grad, *args)
+    return differentiable(Conv1dInputGrad, conv1d_input_grad, _conv1d_input_grad, *args)
 
 
 def _conv1d_weight_grad_autograd(grad_output, input, kernel_size, stride=1, padding=0, dilation=1, groups=1):
     args = grad_output, input, kernel_size, stride, padding, dilation, groups
-    return _differentiable(Conv1dWeightGrad, conv1d_weight_grad, _conv1d_weight_grad, *args)
+    return differentiable(Conv1dWeightGrad, conv1d_weight_grad, _conv1d_weight_grad, *args)
 
 
 _library.impl("conv1d", _conv1d_autograd, "Autograd")
