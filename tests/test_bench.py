@@ -19,6 +19,7 @@ from torch_conv_triton.bench.peers import PEERS, QUICK_PEERS, forward_contestant
 from torch_conv_triton.bench.results import (
     Accuracy,
     CaseResult,
+    Errors,
     SuiteResult,
     geometric_mean,
     load,
@@ -71,7 +72,7 @@ def case_result(name="p01_x", ours=1.0, status="ok", peers=None, **fields):
         ours=timing(ours) if status == "ok" else None,
         peers={peer: t if isinstance(t, str) else timing(t) for peer, t in (peers or {}).items()},
         floor_ms=0.5,
-        accuracy=Accuracy(3e-4, 3e-4, 1e-3, "2 of 2 samples"),
+        accuracy=Accuracy(Errors(3e-4, 1e-3), Errors(3e-4, 1e-3), 1e-3, "2 of 2 samples"),
         **fields,
     )
 
@@ -245,7 +246,7 @@ class TestCheck:
     def test_a_right_output_has_no_error(self, case):
         tensors = cpu_tensors(case)
         errors, compared = check.output_errors(case, tensors, [eager(case, *tensors)])
-        assert errors[0] < 1e-12
+        assert max(errors[0].whole, errors[0].worst) < 1e-12
         assert compared == f"{case.x_shape[0]} of {case.x_shape[0]} samples"
 
     @pytest.mark.parametrize("wrong", [float("nan"), 1e3])
@@ -253,9 +254,25 @@ class TestCheck:
         tensors = cpu_tensors(case)
         y = eager(case, *tensors)
         y[-1, -1, -1] = wrong
-        (error,), _ = check.output_errors(case, tensors, [y])
-        assert not error <= 1e-2
-        assert not Accuracy(error, 0.0, 1e-2, "").passed
+        (errors,), _ = check.output_errors(case, tensors, [y])
+        assert not Accuracy(errors, errors, 1e-2, "").passed
+
+    def test_one_wrong_element_among_many_is_seen(self):
+        case = case_from_shape("1x1x100000", "1x1x1")
+        x, weight, _ = tensors = cpu_tensors(case)
+        y = F.conv1d(x, weight)
+        y[0, 0, -1] += 1
+        (errors,), _ = check.output_errors(case, tensors, [y])
+        assert errors.whole < 1e-2 < 0.1 < errors.worst
+        assert not Accuracy(errors, errors, 1e-2, "").passed
+
+    def test_nan_in_one_gradient_is_seen(self):
+        case, grad_output = GEOMETRIES["plain"], torch.ones(2, 4, 18, dtype=torch.float64)
+        tensors = cpu_tensors(case)
+        gradients = check.reference_gradients(case, tensors, grad_output)
+        gradients[1][0, 0, 0] = float("nan")
+        (errors,) = check.gradient_errors(case, tensors, grad_output, [gradients])
+        assert not Accuracy(errors, errors, 1e-2, "").passed
 
     def test_gradients_are_those_of_autograd(self, case):
         x, weight, bias = (None if t is None else t.requires_grad_() for t in cpu_tensors(case))
@@ -264,8 +281,8 @@ class TestCheck:
         wanted = [t for t in (x, weight, bias) if t is not None]
         expected = torch.autograd.grad(y, wanted, grad_output)
         with torch.no_grad():
-            (error,) = check.gradient_errors(case, (x, weight, bias), grad_output, [expected])
-        assert error < 1e-12
+            (errors,) = check.gradient_errors(case, (x, weight, bias), grad_output, [expected])
+        assert max(errors.whole, errors.worst) < 1e-12
 
     def test_chunks_of_the_batch_add_up(self, monkeypatch):
         monkeypatch.setattr(check, "ELEMENTS_AT_ONCE", 1)

@@ -31,7 +31,7 @@ def test_every_case_is_checked_and_timed_beside_its_peers(tmp_path, backward):
     for case in result.cases:
         assert tuple(case.peers) == QUICK_PEERS
         assert all(isinstance(found, Timing) and found.median_ms > 0 for found in (case.ours, *case.peers.values()))
-        assert case.accuracy.ours < case.accuracy.budget
+        assert case.accuracy.passed
     assert min(result.ceilings.values()) > 0
 
 

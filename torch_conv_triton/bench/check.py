@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from torch_conv_triton import reference
 from torch_conv_triton.bench.peers import Tensors
+from torch_conv_triton.bench.results import Errors
 from torch_conv_triton.bench.suite import Case
 
 ELEMENTS_AT_ONCE = 2**26
@@ -22,26 +25,54 @@ def samples_to_compare(N: int, elements_per_sample: int, budget: int = ELEMENTS_
     return [i * (N - 1) // max(1, count - 1) for i in range(count)]
 
 
-def output_errors(case: Case, tensors: Tensors, outputs: Sequence[Tensor]) -> tuple[list[float], str]:
-    """Relative Frobenius error of each of these outputs ``(N, C_out, L_out)``, and how many samples it was taken over."""
+def output_errors(case: Case, tensors: Tensors, outputs: Sequence[Tensor]) -> tuple[list[Errors], str]:
+    """Errors of each of these outputs ``(N, C_out, L_out)``, and how many samples they were taken over."""
     x, weight, bias = tensors
     samples = samples_to_compare(x.shape[0], x[0].numel() + outputs[0][0].numel())
-    differences, norm = [0.0] * len(outputs), 0.0
+    tallies = [_Tally() for _ in outputs]
     for chunk in _chunks(samples, x[0].numel() + outputs[0][0].numel()):
         expected = reference.conv1d(x[chunk], weight, bias, *_geometry(case), case.transposed, case.output_padding)
-        norm += _square(expected)
-        for i, output in enumerate(outputs):
-            differences[i] += _square(output[chunk].double() - expected)
-    return [(d / norm) ** 0.5 for d in differences], f"{len(samples)} of {x.shape[0]} samples"
+        for tally, output in zip(tallies, outputs, strict=True):
+            tally.add(output[chunk], expected)
+    return [tally.errors() for tally in tallies], f"{len(samples)} of {x.shape[0]} samples"
 
 
-def gradient_errors(case: Case, tensors: Tensors, grad_output: Tensor, gradients: Sequence[Sequence[Tensor]]) -> list[float]:
-    """The largest relative Frobenius error in each list of gradients (those of x, weight, bias that the case asks for)."""
+def gradient_errors(case: Case, tensors: Tensors, grad_output: Tensor, gradients: Sequence[Sequence[Tensor]]) -> list[Errors]:
+    """The largest errors in each list of gradients (those of x, weight, bias that the case asks for)."""
     expected = reference_gradients(case, tensors, grad_output)
-    return [
-        max((_square(actual.double() - true) / _square(true)) ** 0.5 for actual, true in zip(computed, expected, strict=True))
-        for computed in gradients
-    ]
+    found = []
+    for computed in gradients:
+        tallies = [_Tally() for _ in expected]
+        for tally, actual, true in zip(tallies, computed, expected, strict=True):
+            tally.add(actual, true)
+        errors = [tally.errors() for tally in tallies]
+        found.append(Errors(_largest(e.whole for e in errors), _largest(e.worst for e in errors)))
+    return found
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums up the errors of an output, compared part by part."""
+
+    difference: float = 0.0
+    norm: float = 0.0
+    worst: float = 0.0
+
+    def add(self, actual: Tensor, expected: Tensor) -> None:
+        difference = actual.double() - expected
+        self.difference += difference.square().sum().item()
+        self.norm += expected.square().sum().item()
+        rms = expected.square().mean().sqrt()
+        self.worst = _largest((self.worst, difference.abs().div_(rms + expected.abs()).max().item()))
+
+    def errors(self) -> Errors:
+        return Errors((self.difference / self.norm) ** 0.5, self.worst)
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest value; NaN if there is one, which `max` may lose."""
+    values = list(values)
+    return next((value for value in values if math.isnan(value)), max(values))
 
 
 def reference_gradients(case: Case, tensors: Tensors, grad_output: Tensor) -> list[Tensor]:
@@ -88,7 +119,3 @@ def _chunks(samples: Sequence[int], elements_per_sample: int) -> Iterator[list[i
     size = max(1, ELEMENTS_AT_ONCE // max(1, elements_per_sample))
     for start in range(0, len(samples), size):
         yield list(samples[start : start + size])
-
-
-def _square(t: Tensor) -> float:
-    return t.double().square().sum().item()

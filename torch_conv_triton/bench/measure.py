@@ -64,7 +64,10 @@ def measure_case(
         floor_ms = rates.floor_ms(problem)
     found |= {"accuracy": accuracy, "floor_ms": floor_ms}
     if not accuracy.passed:
-        message = f"relative error {accuracy.ours:.2e} against float64, above {accuracy.budget:.0e} (cuDNN: {accuracy.cudnn:.2e})"
+        message = (
+            f"relative error against float64 {accuracy.ours.whole:.2e}, of the worst element {accuracy.ours.worst:.2e} "
+            f"(allowed {accuracy.budget:.0e}; cuDNN {accuracy.cudnn.whole:.2e} and {accuracy.cudnn.worst:.2e})"
+        )
         return CaseResult.of(case, status="wrong", message=message, **found)
 
     def enter(name: str) -> Contestant:

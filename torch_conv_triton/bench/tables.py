@@ -22,7 +22,7 @@ def case_line(result: CaseResult, peers: Sequence[str]) -> str:
     if result.ours is None:
         return f"{line} {result.status.upper()}: {result.message}  {result.kernel} {result.config}".rstrip()
     line += f"{number(result.floor_ms, 4):>9}{number(result.ours.median_ms, 4):>9}{percent(result.share):>7}"
-    line += f"{result.accuracy.ours:>9.1e}" if result.accuracy else f"{'-':>9}"
+    line += f"{result.accuracy.ours.whole:>9.1e}" if result.accuracy else f"{'-':>9}"
     line += "".join(f"{_peer(result, peer):>{PEER_WIDTH}}" for peer in peers)
     return f"{line}  {result.kernel} {result.config}".rstrip()
 
