@@ -51,6 +51,7 @@ def measure_case(
 ) -> CaseResult:
     """Check `case`, then time ours and each peer for `ms` in `rounds` turns. A wrong result is reported and not timed."""
     torch._dynamo.reset()
+    torch.cuda.empty_cache()
     tensors = case.tensors("cuda")
     problem = case.problem(tensors)
     plan = dispatch.plan(problem, dispatch.device_for(tensors[0].device))

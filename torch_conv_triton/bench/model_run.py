@@ -145,6 +145,7 @@ def measure_model(name: str, dtype: str, *, size: str, train: bool, rounds: int,
     import torch_conv_triton
 
     torch._dynamo.reset()
+    torch.cuda.empty_cache()
     # without allow_rnn, Dynamo leaves the graph at every nn.LSTM
     with torch._dynamo.config.patch(allow_rnn=True):
         module, args, kwargs = build(name, "cuda", dtype, size)

@@ -21,7 +21,7 @@ WORST_ELEMENT = 10
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """How far from float64: `whole` is the relative Frobenius error, `worst` an element's largest error over (rms + its value)."""
+    """How far from float64: relative Frobenius error as a `whole`, and the `worst` element's error over (rms + its value)."""
 
     whole: float
     worst: float
