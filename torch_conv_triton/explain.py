@@ -23,14 +23,6 @@ def explain(model: Callable[..., Any], *args: Any, backward: bool = False, **kwa
     graph is explained; it needs grad mode and something that requires grad. The model runs for real, with the side
     effects that it has.
     """
-    report = _collect(model, args, kwargs, backward)
-    report.print()
-    return report
-
-
-def _collect(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> Report:
-    from torch._dynamo.utils import counters
-
     model = getattr(model, "_orig_mod", model)
     modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
     recorder = Recorder({str(id(module)): name for name, module in modules})
@@ -41,12 +33,13 @@ def _collect(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         graphs += 1
         return compile_with(gm, example_inputs, recorder=recorder)
 
-    breaks = sum(counters["graph_break"].values())
     with _forgotten(backend):
         outputs = torch.compile(_own_frame(model), backend=backend, dynamic=False)(*args, **kwargs)
         if backward:
             _differentiate(outputs, model, args, kwargs)
-    return Report(tuple(recorder.records), graphs, sum(counters["graph_break"].values()) - breaks)
+    report = Report(tuple(recorder.records), graphs)
+    report.print()
+    return report
 
 
 def _own_frame(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -60,12 +60,15 @@ class ConvRecord:
 class Report:
     """Every 1-D convolution of the graphs of one model, in the order in which they were compiled.
 
-    `graphs` counts the graphs that were compiled, `graph_breaks` the places where Dynamo had to leave the graph.
+    `graphs` counts the graphs that Dynamo took from the model: one, and one more for each break in it.
     """
 
     records: tuple[ConvRecord, ...]
     graphs: int
-    graph_breaks: int
+
+    @property
+    def graph_breaks(self) -> int:
+        return max(self.graphs - 1, 0)
 
     @property
     def rewritten(self) -> tuple[ConvRecord, ...]:
