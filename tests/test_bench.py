@@ -266,6 +266,16 @@ class TestCheck:
         assert errors.whole < 1e-2 < 0.1 < errors.worst
         assert not Accuracy(errors, errors, 1e-2, "").passed
 
+    def test_nan_in_a_sample_that_is_not_compared_is_seen(self, monkeypatch):
+        monkeypatch.setattr(check, "samples_to_compare", lambda N, elements: [0])
+        case = GEOMETRIES["plain"]
+        tensors = cpu_tensors(case)
+        y = eager(case, *tensors)
+        y[1, 0, 0] = float("nan")
+        (errors,), compared = check.output_errors(case, tensors, [y])
+        assert compared == "1 of 2 samples"
+        assert not Accuracy(errors, errors, 1e-2, "").passed
+
     def test_nan_in_one_gradient_is_seen(self):
         case, grad_output = GEOMETRIES["plain"], torch.ones(2, 4, 18, dtype=torch.float64)
         tensors = cpu_tensors(case)
@@ -510,6 +520,11 @@ class TestCommand:
         failed = ("failed", "RuntimeError: illegal memory access")
         assert found == {"p01": ("ok", ""), "p02": ("wrong", "relative error"), "p03": failed, "p04": ("ok", "")}
         assert "2 of 4 cases correct and measured" in capsys.readouterr().out
+
+    def test_a_gpu_that_cannot_be_used_is_told(self, measured, monkeypatch, capsys):
+        monkeypatch.setattr(measure, "ceilings", lambda: 1 / 0)
+        assert command.main(arguments("--no-isolate")) == 1
+        assert "the GPU could not be used: ZeroDivisionError" in capsys.readouterr().err
 
     def test_results_name_when_and_what(self, measured, tmp_path):
         path = tmp_path / "r.json"

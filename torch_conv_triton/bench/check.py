@@ -26,10 +26,13 @@ def samples_to_compare(N: int, elements_per_sample: int, budget: int = ELEMENTS_
 
 
 def output_errors(case: Case, tensors: Tensors, outputs: Sequence[Tensor]) -> tuple[list[Errors], str]:
-    """Errors of each of these outputs ``(N, C_out, L_out)``, and how many samples they were taken over."""
+    """Errors of each of these outputs ``(N, C_out, L_out)``, and how many samples they were taken over.
+
+    NaN or infinity anywhere, in samples that are not compared too, makes the worst element's error NaN.
+    """
     x, weight, bias = tensors
     samples = samples_to_compare(x.shape[0], x[0].numel() + outputs[0][0].numel())
-    tallies = [_Tally() for _ in outputs]
+    tallies = [_Tally(worst=0.0 if output.isfinite().all() else math.nan) for output in outputs]
     for chunk in _chunks(samples, x[0].numel() + outputs[0][0].numel()):
         expected = reference.conv1d(x[chunk], weight, bias, *_geometry(case), case.transposed, case.output_padding)
         for tally, output in zip(tallies, outputs, strict=True):

@@ -16,6 +16,7 @@ from torch_conv_triton.bench.results import SuiteResult, load, merge, save
 from torch_conv_triton.bench.roofline import plot_shares
 from torch_conv_triton.bench.suite import DTYPES, SUITE, Case, case_from_shape, load_suite, select_cases
 from torch_conv_triton.bench.tables import case_header, case_line
+from torch_conv_triton.bench.worker import WorkerError
 
 DEFAULT_MS = {"suite": 200.0, "models": 1000.0}
 DEFAULT_TIMEOUT_S = {"suite": 300.0, "models": 900.0}
@@ -89,6 +90,9 @@ def main(args: argparse.Namespace) -> int:
     except BenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except WorkerError as error:
+        print(f"error: the GPU could not be used: {error}", file=sys.stderr)
+        return 1
     if args.plot:
         plot(result, args.plot)
     return 0 if result.passed else 1

@@ -103,7 +103,6 @@ def output_accuracy(case: Case, tensors: Tensors) -> Accuracy:
 
 def gradient_accuracy(case: Case, tensors: Tensors, grad_output: Tensor) -> Accuracy:
     """The largest errors of our gradients, written over NaN, and of cuDNN's."""
-
     with testing.poisoned_allocations():
         ours = gradient_contestant(OURS, case, tensors, grad_output).call()
     cudnn = gradient_contestant("cudnn", case, tensors, grad_output).call()
