@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch_conv_triton.bench import check
 from torch_conv_triton.bench.errors import BenchError
 from torch_conv_triton.bench.peers import PEERS, QUICK_PEERS, forward_contestant, gradient_contestant, parse_peers
-from torch_conv_triton.bench.results import (
-    Accuracy,
-)
+from torch_conv_triton.bench.results import Accuracy
 from torch_conv_triton.bench.roofline import Ceilings
 from torch_conv_triton.bench.suite import SUITE, case_from_shape, load_suite, select_cases
 
