@@ -56,62 +56,84 @@ class Config:
 
 
 def depthwise_config(problem: Conv1dProblem) -> Config:
-    """Tiles that are wide along the contiguous dimension of x, 32 to 64 bytes of it a thread."""
+    """Tiles that are wide along the contiguous dimension of x."""
     if problem.layout == "NLC":
         # p20 64x64 0.129, 16x128 0.154; p29 (fp32, K 7) 32x32 0.028
-        channels = min(64 if problem.dtype.itemsize == 2 else 32, max(16, ceil_pow2(problem.C_out)))
-        return Config(
-            BLOCK_M=4096 // channels if channels == 64 else 1024 // channels, BLOCK_N=channels, num_warps=4, num_stages=1
-        )
+        channels, length = (64, 64) if problem.dtype.itemsize == 2 else (32, 32)
+        return Config(length, min(channels, max(16, ceil_pow2(problem.C_out))), num_warps=4, num_stages=1)
     # p26 128x4 0.042, 512x2 0.054; p32 128x4 0.018
     length = min(128, max(16, ceil_pow2(problem.L_out)))
-    return Config(BLOCK_M=length, BLOCK_N=min(512 // length, ceil_pow2(problem.C_out)), num_warps=2, num_stages=1)
+    return Config(length, min(512 // length, ceil_pow2(problem.C_out)), num_warps=2, num_stages=1)
 
 
 def gemm_config(problem: Conv1dProblem, device: Device) -> Config:
-    """Tile of the implicit GEMM, for the tile, the transposed and (as a start) the other dense kernels.
+    """Tile of the implicit GEMM, for the tile kernel and the transposed one.
 
     All output channels go into one tile where they fit, so that x is read once.
     """
-    channels, C_out, itemsize = problem.C_in_per_group, problem.C_out_per_group, problem.dtype.itemsize
-    tap_major = channels >= 16
-    copy_to_nlc = copies_to_nlc(problem, device)
+    tap_major = problem.C_in_per_group >= 16
+    copy_to_nlc = copies_to_nlc(problem)
     nlc = problem.layout == "NLC" or copy_to_nlc
-    BLOCK_N = min(128, max(16, ceil_pow2(C_out)))
-    slice_length = channels if tap_major else channels * problem.K
-    if itemsize == 4:
-        # rounding takes registers, so 4-byte tiles stay small in NCL: s_seed_fp32 64x128x16 2.12, 128x128x16 2.44
-        BLOCK_K = 32 if nlc or BLOCK_N == 16 or not tap_major else 16
-        BLOCK_M = 64 if problem.stride > 1 and not nlc and not problem.transposed and tap_major else 128
-        config = Config(
-            BLOCK_M, BLOCK_N, BLOCK_K, num_warps=8 if nlc and BLOCK_N == 128 else 4, num_stages=4 if BLOCK_N > 32 else 2
-        )
-    else:
-        # in NCL an x tile is gathered 2 bytes at a time: s_seed_bf16 128x128x32 w4 1.34, 128x128x64 w8 1.43
-        BLOCK_K = 64 if nlc else 32
-        config = Config(128, BLOCK_N, BLOCK_K, num_warps=8 if nlc and BLOCK_N == 128 else 4, num_stages=3)
-    if channels >= 256 and C_out >= 256 and problem.N * problem.L_out >= 128 * device.sm_count:
-        # compute-bound: p15 128x256x32 0.119, 128x128x16 0.142; p13 0.339
-        config = replace(
-            config, BLOCK_M=128, BLOCK_N=256, BLOCK_K=128 // itemsize, num_warps=8, num_stages=4 if itemsize == 4 else 3
-        )
+    BLOCK_N = min(128, max(16, ceil_pow2(problem.C_out_per_group)))
+    config = (
+        _tile_32bit(problem, BLOCK_N, nlc, tap_major) if problem.dtype.itemsize == 4 else _tile_16bit(BLOCK_N, nlc, tap_major)
+    )
+    if min(problem.C_in_per_group, problem.C_out_per_group) >= 256:
+        config = _compute_bound_tile(problem, config)
+    slice_length = problem.C_in_per_group * (1 if tap_major else problem.K)
     config = replace(
         config,
         BLOCK_K=min(config.BLOCK_K, max(16, ceil_pow2(slice_length))),
         tap_major=tap_major,
-        # on the left the weights are the M of the product, which warp-group instructions need to be 64
-        weights_left=not nlc and config.BLOCK_N in (64, 128) and (itemsize == 2 or not tap_major),
+        # On the left the weights are the M of the product, of which warp-group instructions need 64. Below that triton 3.6
+        # miscompiles 16-bit slices that are not TAP_MAJOR.
+        weights_left=not nlc and config.BLOCK_N in (64, 128) and (problem.dtype.itemsize == 2 or not tap_major),
         copy_to_nlc=copy_to_nlc,
     )
     return fit(config, problem, device)
 
 
-def copies_to_nlc(problem: Conv1dProblem, device: Device) -> bool:
+def _tile_32bit(problem: Conv1dProblem, BLOCK_N: int, nlc: bool, tap_major: bool) -> Config:
+    # rounding goes through registers, so tiles stay small in NCL: s_seed_fp32 64x128x16 2.12, 128x128x16 2.44
+    if nlc:
+        return Config(128, BLOCK_N, 32, num_warps=8 if BLOCK_N == 128 else 4, num_stages=4)
+    if BLOCK_N <= 32:
+        # p17 128x16x32 s2 0.195, s4 0.237; x_hifi32_k3 256x32x16 s2 0.149, s4 0.169
+        return Config(256 if BLOCK_N == 32 else 128, BLOCK_N, 16 if BLOCK_N == 32 else 32, num_warps=4, num_stages=2)
+    BLOCK_M = 64 if problem.stride > 1 and not problem.transposed and tap_major else 128
+    return Config(BLOCK_M, BLOCK_N, 16 if tap_major else 32, num_warps=4, num_stages=4)
+
+
+def _tile_16bit(BLOCK_N: int, nlc: bool, tap_major: bool) -> Config:
+    if nlc:
+        return Config(128, BLOCK_N, 64, num_warps=8 if BLOCK_N == 128 else 4, num_stages=3)
+    if not tap_major:
+        # p11 128x128x16 w8 0.255, w4 0.280; x_dna 128x128x64 2.01, 128x128x32 2.28
+        return Config(128, BLOCK_N, 64, num_warps=8 if BLOCK_N == 128 else 4, num_stages=3)
+    # an NCL tile is gathered 2 bytes at a time: s_seed_bf16 128x128x32 w4 1.34, 128x128x64 w8 1.43
+    if BLOCK_N <= 32:
+        # x_hifi32_bf16 256x32x16 0.380, 128x32x32 0.511
+        return Config(256, BLOCK_N, 16, num_warps=4, num_stages=3)
+    return Config(128, BLOCK_N, 32, num_warps=4, num_stages=3)
+
+
+def _compute_bound_tile(problem: Conv1dProblem, config: Config) -> Config:
+    """The tile for many channels: as large as the number of tiles allows."""
+    tiles = problem.N * problem.L_out * problem.C_out_per_group * problem.groups // (128 * 256)
+    if tiles < 64 or problem.transposed:
+        # p25 64x128x32 0.058, 128x128x32 0.077; x_up256 64x128x16 0.101, 128x128x16 0.112
+        return replace(config, BLOCK_M=64)
+    # p15 128x256x32 0.119, 128x128x16 0.142; x_hifi512 128x256x32 0.107, 128x128x32 0.156
+    BLOCK_K, num_stages = (32, 4) if problem.dtype.itemsize == 4 else (64, 3)
+    return replace(config, BLOCK_M=128, BLOCK_N=256, BLOCK_K=BLOCK_K, num_warps=8, num_stages=num_stages)
+
+
+def copies_to_nlc(problem: Conv1dProblem) -> bool:
     """Whether x is worth a copy to NLC first: many channels in NCL, whose products outweigh the copy."""
-    if problem.layout == "NLC" or problem.groups > 1 or problem.K == 1:
+    if problem.layout == "NLC" or problem.groups > 1 or problem.K == 1 or problem.transposed or problem.L_out < 128:
         return False
-    # p16 0.181 against 0.228 without; p13 0.339 against 0.402; x of 128 channels loses (x_dacdown 0.354 against 0.248)
-    return problem.C_in >= 256 and problem.C_out >= 256
+    # p16 0.181 against 0.228 without; p13 0.339 against 0.402; 128 channels lose (x_dacdown 0.354 against 0.248)
+    return min(problem.C_in, problem.C_out) >= 256
 
 
 def fit(config: Config, problem: Conv1dProblem, device: Device) -> Config:
@@ -138,15 +160,17 @@ def pipeline_bytes(config: Config, itemsize: int) -> int:
 
 def persistent_config(problem: Conv1dProblem, device: Device) -> Config | None:
     """A config whose whole weight matrix stays in shared memory; None where it does not fit or there is little to walk over."""
+    if device.capability != 90 or (problem.dtype == torch.float32 and problem.precision == "ieee"):
+        # what the compiler makes of it elsewhere is not verified; three products a slice do not leave the room
+        return None
     config = replace(gemm_config(problem, device), num_stages=2)
     if config.copy_to_nlc or config.BLOCK_M * config.BLOCK_N > 128 * 128:
         return None
-    channels = -(-problem.C_in_per_group // config.BLOCK_K) * config.BLOCK_K
-    columns = (
-        channels * problem.K if config.tap_major else -(-problem.C_in_per_group * problem.K // config.BLOCK_K) * config.BLOCK_K
-    )
-    weights = config.BLOCK_N * columns * problem.dtype.itemsize
-    if columns > 16 * config.BLOCK_K or 2 * weights + pipeline_bytes(config, problem.dtype.itemsize) > device.shared_memory:
+    slices = -(-problem.C_in_per_group // config.BLOCK_K) * problem.K
+    if not config.tap_major:
+        slices = -(-problem.C_in_per_group * problem.K // config.BLOCK_K)
+    weights = config.BLOCK_N * slices * config.BLOCK_K * problem.dtype.itemsize
+    if slices > 16 or 2 * weights + pipeline_bytes(config, problem.dtype.itemsize) > device.shared_memory:
         return None
     if problem.N * problem.L_out < 4 * config.BLOCK_M * device.sm_count:
         return None

@@ -1,4 +1,4 @@
-"""Copy of an NCL tensor into NLC: torch's own copy of such a transpose runs at a third of the memory's speed."""
+"""Copy of an NCL tensor into NLC: torch's own copy of such a transpose runs at a quarter of the memory's speed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from torch_conv_triton.kernels.common import needs_int64, widen
 
 
-@triton.jit(do_not_specialize=["C", "L", "L_PADDED", "tiles_c", "tiles_l"])
+@triton.jit(do_not_specialize=["rows", "L", "L_PADDED", "tiles_c", "tiles_l"])
 def ncl_to_nlc_kernel(
     x_ptr,  # (N, C, L), any strides
-    out_ptr,  # (N, L_PADDED, C), contiguous
-    C,
+    out_ptr,  # (N, L_PADDED, C) contiguous; with PAIRS (N, L_PADDED, C / 2) of two channels each
+    rows,  # C, or C / 2 with PAIRS
     L,
     L_PADDED,
     stride_xn,
@@ -24,6 +24,7 @@ def ncl_to_nlc_kernel(
     stride_ol,
     tiles_c,
     tiles_l,
+    PAIRS: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -34,31 +35,44 @@ def ncl_to_nlc_kernel(
     sample = (pid // (tiles_c * tiles_l)).to(tl.int64)
     c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     at = tile_l * BLOCK_L + tl.arange(0, BLOCK_L)
-    channel_mask = (c < C)[:, None]
-    c_in = (widen(c, INT64) * stride_xc)[:, None]
-    l_in = (widen(at, INT64) * stride_xl)[None, :]
-    l_out = (widen(at, INT64) * stride_ol)[None, :]
-    x = tl.load(x_ptr + sample * stride_xn + (c_in + l_in), mask=channel_mask & (at < L)[None, :], other=0.0)
-    tl.store(out_ptr + sample * stride_on + (l_out + c[:, None]), x, mask=channel_mask & (at < L_PADDED)[None, :])
+    row_mask = (c < rows)[:, None]
+    mask = row_mask & (at < L)[None, :]
+    from_l = (widen(at, INT64) * stride_xl)[None, :]
+    to = (widen(at, INT64) * stride_ol)[None, :] + c[:, None]
+    x_ptr += sample * stride_xn
+    if PAIRS:
+        # two 16-bit channels travel as one 32-bit value: half as many elements cross shared memory
+        even = tl.load(x_ptr + ((widen(2 * c, INT64) * stride_xc)[:, None] + from_l), mask=mask, other=0)
+        odd = tl.load(x_ptr + ((widen(2 * c + 1, INT64) * stride_xc)[:, None] + from_l), mask=mask, other=0)
+        x = (even.to(tl.int32) & 0xFFFF) | (odd.to(tl.int32) << 16)
+    else:
+        x = tl.load(x_ptr + ((widen(c, INT64) * stride_xc)[:, None] + from_l), mask=mask, other=0)
+    tl.store(out_ptr + sample * stride_on + to, x, mask=row_mask & (at < L_PADDED)[None, :])
 
 
 def channels_last_copy(x: Tensor, multiple: int = 1) -> Tensor:
-    """A copy of x ``(N, C, L)``, stored NLC, with zeros up to the next length that `multiple` divides."""
+    """A copy of x ``(N, C, L)``, stored NLC, with zeros up to the next length that `multiple` divides. 16- or 32-bit dtypes."""
     N, C, L = x.shape
     L_padded = triton.cdiv(L, multiple) * multiple
     out = torch.empty((N, L_padded, C), dtype=x.dtype, device=x.device)
-    block_c, block_l = 64, 64
-    tiles_c, tiles_l = triton.cdiv(C, block_c), triton.cdiv(L_padded, block_l)
+    pairs = x.element_size() == 2 and C % 2 == 0
+    # bits are moved, not numbers
+    source = x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+    target = out.view(torch.int32 if pairs else source.dtype)
+    block_c, block_l = (32, 64) if pairs else (64, 64)
+    rows = target.shape[2]
+    tiles_c, tiles_l = triton.cdiv(rows, block_c), triton.cdiv(L_padded, block_l)
     ncl_to_nlc_kernel[(tiles_c * tiles_l * N,)](
-        x,
-        out,
-        C,
+        source,
+        target,
+        rows,
         L,
         L_padded,
-        *x.stride(),
-        *out.stride()[:2],
+        *source.stride(),
+        *target.stride()[:2],
         tiles_c,
         tiles_l,
+        PAIRS=pairs,
         INT64=needs_int64(x),
         BLOCK_C=block_c,
         BLOCK_L=block_l,

@@ -174,7 +174,8 @@ def conv1d_transposed(
 ) -> None:
     """Write the transposed convolution of x ``(N, C_in, L_in)`` into y ``(N, C_out, L_out)``.
 
-    Weight ``(C_in, C_out / groups, K)``, any strides; output padding is in the length of y. The weight is packed by phase first (one pass over it).
+    Weight ``(C_in, C_out / groups, K)``, any strides; output padding is in the length of y. The weight is packed by phase
+    first (one pass over it).
     """
     N, _, L_in = x.shape
     _, C_out, L_out = y.shape

@@ -1,0 +1,79 @@
+"""Print, as JSON, what the compiler makes of the kernels that real calls run on each GPU architecture.
+
+A program of its own because tests without a GPU run kernels in the interpreter, and a process either interprets or compiles.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from unittest import mock
+
+import torch
+from cross_compile import SHARED_MEMORY, compile_only
+
+from torch_conv_triton import dispatch, execute
+from torch_conv_triton.configs import Device
+from torch_conv_triton.problem import Conv1dProblem
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A call of a real model, in the regime that its name says."""
+
+    name: str
+    x: tuple[int, int, int]
+    weight: tuple[int, int, int]
+    dtype: torch.dtype
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+    transposed: bool = False
+    nlc: bool = False
+    full_precision: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+WORKLOADS = (
+    Workload("seed_fp32", (64, 64, 224280), (128, 64, 3), FP32, stride=3, dilation=4),
+    Workload("seed_fp32_full_precision", (64, 64, 224280), (128, 64, 3), FP32, stride=3, dilation=4, full_precision=True),
+    Workload("seed_bf16", (64, 64, 224280), (128, 64, 3), BF16, stride=3, dilation=4),
+    Workload("seed_bf16_nlc", (64, 64, 224280), (128, 64, 3), BF16, stride=3, dilation=4, nlc=True),
+    Workload("vocoder_32_channels", (8, 32, 153600), (32, 32, 3), FP32, padding=1),
+    Workload("encoder_512_channels", (16, 512, 31999), (512, 512, 3), FP16, stride=2),
+    Workload("raw_audio", (16, 1, 160000), (512, 1, 10), FP16, stride=5),
+    Workload("positional", (16, 768, 499), (768, 48, 128), FP16, padding=64, groups=16, nlc=True),
+    Workload("upsample", (8, 128, 9600), (128, 64, 4), FP32, stride=2, padding=1, transposed=True),
+    Workload("depthwise", (8, 5120, 2048), (5120, 1, 4), BF16, padding=3, groups=5120, nlc=True),
+)
+
+
+def compiled_kernels(workload: Workload, capability: int) -> list[dict]:
+    """Every plan of the workload on sm_`capability`, with the kernels it launches."""
+    device = Device(f"sm_{capability}", capability, sm_count=128, shared_memory=SHARED_MEMORY[capability])
+    N, C_in, L_in = workload.x
+    if workload.nlc:
+        x = torch.empty((N, L_in, C_in), dtype=workload.dtype, device="meta").transpose(1, 2)
+    else:
+        x = torch.empty(workload.x, dtype=workload.dtype, device="meta")
+    weight = torch.empty(workload.weight, dtype=workload.dtype, device="meta")
+    geometry = workload.stride, workload.padding, workload.dilation, workload.groups, workload.transposed
+    precision = "tf32" if workload.dtype == FP32 and not workload.full_precision else "ieee"
+    problem = replace(Conv1dProblem.from_tensors(x, weight, None, *geometry), precision=precision)
+    rows = []
+    for plan in dispatch.candidates(problem, device):
+        if problem.is_depthwise and plan.kernel != "depthwise":
+            continue
+        with mock.patch.object(dispatch, "device_for", lambda _: device), compile_only(capability) as compiled:
+            execute.forward_with(plan, problem, x, weight, None)
+        kernels = [asdict(kernel) | {"ptx": None} for kernel in compiled]
+        rows.append({"plan": f"{plan.kernel} {plan.config}", "kernel": plan.kernel, "compiled": kernels})
+    return rows
+
+
+if __name__ == "__main__":
+    results = {str(w): {c: compiled_kernels(w, c) for c in SHARED_MEMORY} for w in WORKLOADS}
+    json.dump(results, sys.stdout)

@@ -1,0 +1,22 @@
+"""The copy to NLC: every element where it belongs, zeros beyond the length, for the dtypes whose bits it moves."""
+
+import pytest
+import torch
+
+from torch_conv_triton.kernels.layout import channels_last_copy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [6, 7, 70])
+def test_copies_every_element_and_pads_with_zeros(dtype, channels):
+    x = torch.randn(2, channels, 67).to(dtype)
+    x[0, 1, 2], x[1, 3, 4] = float("nan"), float("-inf")
+    copy = channels_last_copy(x, multiple=4)
+    assert copy.stride() == (68 * channels, 1, channels)
+    torch.testing.assert_close(copy[:, :, :67], x, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(copy[:, :, 67:], torch.zeros(2, channels, 1, dtype=dtype))
+
+
+def test_reads_any_strides():
+    x = torch.randn(2, 67, 2, 8).transpose(1, 3)[:, :, 1].to(torch.float16)
+    assert torch.equal(channels_last_copy(x), x)
