@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -129,22 +128,28 @@ def slower_than_aten(problem: Conv1dProblem) -> str | None:
     return None
 
 
-def _by_preference(problem: Conv1dProblem, device: Device) -> Iterator[Plan]:
+def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
     """The plans that can run the problem, the preferred one last."""
-    if problem.transposed:
-        yield Plan("transposed", gemm_config(problem, device), "gathers by output phase, every output written once")
-    else:
-        config = persistent_config(problem, device)
-        if config:
-            yield Plan("dense_persistent", config, "the weights stay in shared memory while the program walks over tiles")
-        config = tma_config(problem, device)
-        refused = tma_refusal(problem, device, config)
-        # a tensor descriptor costs the host tens of microseconds, so the kernel has to outlast it
-        worth = problem.flops > 20e9 or not device.compare_with_aten
-        if not refused and not worth:
-            yield Plan("dense_tma", config, "channels-last x: every tap is a row shift of one block copy")
-        yield Plan("dense", gemm_config(problem, device), "implicit GEMM over any strides")
-        if not refused and worth:
-            yield Plan("dense_tma", config, "channels-last x: every tap is a row shift of one block copy")
     if problem.is_depthwise:
-        yield Plan("depthwise", depthwise_config(problem), "depthwise: moves bytes, there is no matrix to multiply")
+        general = "transposed" if problem.transposed else "dense"
+        return [
+            Plan(general, gemm_config(problem, device), "implicit GEMM, one channel a group"),
+            Plan("depthwise", depthwise_config(problem), "depthwise: moves bytes, there is no matrix to multiply"),
+        ]
+    if problem.transposed:
+        return [Plan("transposed", gemm_config(problem, device), "gathers by output phase, every output written once")]
+    plans = [Plan("dense", gemm_config(problem, device), "implicit GEMM over any strides")]
+    config = persistent_config(problem, device)
+    if config:
+        plan = Plan("dense_persistent", config, "the weights stay in shared memory while a program walks over tiles")
+        # in NLC x_hifi32_k3 0.135 against 0.140, x_hifi32_bf16 0.299 against 0.313; more channels or NCL lose
+        preferred = problem.layout == "NLC" and config.BLOCK_N <= 32
+        plans.insert(len(plans) if preferred else 0, plan)
+    config = tma_config(problem, device)
+    if not tma_refusal(problem, device, config):
+        plan = Plan("dense_tma", config, "channels-last x: every tap is a row shift of one block copy")
+        # A descriptor costs the host tens of microseconds, so the kernel has to outlast it. Narrow copies lose (p28, 16
+        # channels wide: 0.53 against 0.34), and so do few channels.
+        preferred = problem.flops > 20e9 and config.BLOCK_K >= 32 and config.BLOCK_N >= 64
+        plans.insert(len(plans) if preferred else 0, plan)
+    return plans

@@ -6,6 +6,7 @@ signal arrive as zeros. With stride s, x is seen as (N, s, L_in / s, C): a tap i
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -98,6 +99,10 @@ def conv1d_dense_tma(
     _, C_in, K = weight.shape
     w, stride_wo, _ = weight_matrix(weight, tap_major=True, rounded=tf32)
     stride_n, _, stride_l = x.stride()
+    if x.is_cuda:
+        # The driver encodes descriptors in the thread's current context, which a thread that has made no runtime call does
+        # not have yet; this call makes one, and is allowed during capture.
+        torch.cuda.is_current_stream_capturing()
     x_desc = TensorDescriptor(
         x,
         [N, stride, L_in // stride, C_total],
