@@ -252,7 +252,7 @@ def differentiable(function, op, composite, *args):
     Functorch transforms and forward AD differentiate only what aten is made of, complex gradients need aten's conjugates,
     and without channels the shapes are aten's own, so those run `composite`.
     """
-    if _functorch_active() or forward_ad._current_level >= 0 or args[0].is_complex() or args[0].shape[1] == 0:
+    if _functorch_active() or forward_ad._current_level >= 0 or args[0].is_complex() or 0 in args[0].shape[1:2]:
         return composite(*args)
     if torch.is_grad_enabled() and _any_requires_grad(*args):
         return function.apply(*args)
