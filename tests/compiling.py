@@ -28,7 +28,7 @@ def graph_text(graph: torch.fx.Graph) -> str:
         elif node.op == "output":
             lines.append(f"return {text(node.args[0])}")
         elif node.op == "get_attr":
-            names[node] = node.target
+            names[node] = f"constant{len(names)}"
         else:
             names[node] = f"v{len(lines)}"
             value = node.meta.get("val")

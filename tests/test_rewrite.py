@@ -74,6 +74,20 @@ return [v0]
     )
 
 
+def test_frozen_batch_norm_is_folded_into_our_operator():
+    # Dynamo looks at the setting too, before options of a compilation apply
+    with torch._inductor.config.patch(freezing=True):
+        _, after = inference_graphs(nn.Sequential(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)).eval(), torch.randn(2, 4, 16))
+    assert_expected_inline(
+        after,
+        """\
+v0: float32[2, 6, 14] = triton_conv.conv1d.default(in0, constant1, constant2, [1], [0], [1], 1)
+v1: float32[2, 6, 14] = prims.inductor_force_stride_order.default(v0, [84, 14, 1])
+return [v1]
+""",
+    )
+
+
 def test_convolutions_over_two_and_three_dimensions_are_untouched():
     class Mixed(nn.Module):
         def __init__(self):
