@@ -20,7 +20,7 @@ from torch_conv_triton.testing import CASES
 
 def problem(x=(2, 8, 20), weight=(6, 8, 3), bias=None, dtype=torch.float32, **geometry):
     """A problem whose tensors hold no memory."""
-    arguments = dict(stride=1, padding=0, dilation=1, groups=1) | geometry
+    arguments = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | geometry
     tensors = [None if shape is None else torch.empty(shape, dtype=dtype, device="meta") for shape in (x, weight, bias)]
     return Conv1dProblem.from_tensors(*tensors, **arguments)
 
@@ -65,19 +65,19 @@ def test_layout_follows_the_strides(strides, C, L, layout):
 @pytest.mark.parametrize(
     ("sizes", "regime"),
     [
-        (dict(x=(1, 16, 20), weight=(16, 16, 3)), "dense"),
-        (dict(x=(1, 16, 20), weight=(16, 16, 3), dilation=2), "dilated"),
-        (dict(x=(1, 16, 20), weight=(16, 16, 3), stride=2, dilation=2), "strided"),
-        (dict(x=(1, 16, 20), weight=(16, 16, 1)), "pointwise"),
-        (dict(x=(1, 16, 20), weight=(16, 16, 1), stride=2), "strided"),
-        (dict(x=(1, 8, 20), weight=(16, 8, 3)), "tiny_C_in"),
-        (dict(x=(1, 16, 20), weight=(8, 16, 3)), "tiny_C_out"),
-        (dict(x=(1, 16, 20), weight=(16, 8, 3), groups=2), "grouped"),
-        (dict(x=(1, 16, 20), weight=(16, 1, 3), groups=16), "depthwise"),
-        (dict(x=(1, 16, 20), weight=(32, 1, 3), groups=16), "depthwise"),
-        (dict(x=(1, 16, 20), weight=(16, 16, 3), transposed=True), "transposed_dense"),
-        (dict(x=(1, 16, 20), weight=(16, 1, 3), groups=16, transposed=True), "transposed_depthwise"),
-        (dict(x=(1, 1, 20), weight=(1, 1, 3)), "tiny_C_in"),
+        ({"x": (1, 16, 20), "weight": (16, 16, 3)}, "dense"),
+        ({"x": (1, 16, 20), "weight": (16, 16, 3), "dilation": 2}, "dilated"),
+        ({"x": (1, 16, 20), "weight": (16, 16, 3), "stride": 2, "dilation": 2}, "strided"),
+        ({"x": (1, 16, 20), "weight": (16, 16, 1)}, "pointwise"),
+        ({"x": (1, 16, 20), "weight": (16, 16, 1), "stride": 2}, "strided"),
+        ({"x": (1, 8, 20), "weight": (16, 8, 3)}, "tiny_C_in"),
+        ({"x": (1, 16, 20), "weight": (8, 16, 3)}, "tiny_C_out"),
+        ({"x": (1, 16, 20), "weight": (16, 8, 3), "groups": 2}, "grouped"),
+        ({"x": (1, 16, 20), "weight": (16, 1, 3), "groups": 16}, "depthwise"),
+        ({"x": (1, 16, 20), "weight": (32, 1, 3), "groups": 16}, "depthwise"),
+        ({"x": (1, 16, 20), "weight": (16, 16, 3), "transposed": True}, "transposed_dense"),
+        ({"x": (1, 16, 20), "weight": (16, 1, 3), "groups": 16, "transposed": True}, "transposed_depthwise"),
+        ({"x": (1, 1, 20), "weight": (1, 1, 3)}, "tiny_C_in"),
     ],
 )
 def test_regime_is_the_family_of_the_workload(sizes, regime):
@@ -151,30 +151,30 @@ def test_single_takes_an_integer_or_a_list_of_one():
         single([1, 2], "stride")
 
 
-VALID = dict(x=(2, 8, 20), weight=(6, 4, 3), bias=(6,), stride=1, padding=0, dilation=1, groups=2)
+VALID = {"x": (2, 8, 20), "weight": (6, 4, 3), "bias": (6,), "stride": 1, "padding": 0, "dilation": 1, "groups": 2}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(x=(8,)), r"2D \(unbatched\) or 3D \(batched\) input to conv1d, but got input of size: \[8\]"),
-        (dict(x=(2, 8, 20, 1)), r"input of size: \[2, 8, 20, 1\]"),
-        (dict(weight=(6, 4)), r"weight of size \[6, 4\]"),
-        (dict(weight=(6, 4, 3, 1)), r"3-dimensional weight, but got weight of size \[6, 4, 3, 1\]"),
-        (dict(weight=(6, 4, 0)), r"Kernel size can't be zero, but got weight of size \[6, 4, 0\]"),
-        (dict(weight=(6, 5, 3)), r"to have 10 channels, but got 8 channels instead"),
-        (dict(weight=(5, 4, 3), bias=None), r"groups=2, expected weight to be divisible by 2 at dimension 0"),
-        (dict(weight=(1, 4, 3), bias=None), r"groups=2, expected weight to be at least 2 at dimension 0"),
-        (dict(bias=(5,)), r"expected bias to be 1-dimensional with 6 elements, but got bias of size \[5\]"),
-        (dict(bias=(6, 1)), r"bias of size \[6, 1\]"),
-        (dict(stride=0), "stride=0"),
-        (dict(stride=-1), "stride=-1"),
-        (dict(padding=-1), "padding=-1"),
-        (dict(dilation=0), "dilation=0"),
-        (dict(groups=0), "groups=0"),
-        (dict(groups=-2), "groups=-2"),
-        (dict(x=(2, 8, 2)), r"padded input size per channel: \(2\). Kernel size: \(3\)"),
-        (dict(dilation=10), r"Kernel size: \(21\)"),
+        ({"x": (8,)}, r"2D \(unbatched\) or 3D \(batched\) input to conv1d, but got input of size: \[8\]"),
+        ({"x": (2, 8, 20, 1)}, r"input of size: \[2, 8, 20, 1\]"),
+        ({"weight": (6, 4)}, r"weight of size \[6, 4\]"),
+        ({"weight": (6, 4, 3, 1)}, r"3-dimensional weight, but got weight of size \[6, 4, 3, 1\]"),
+        ({"weight": (6, 4, 0)}, r"Kernel size can't be zero, but got weight of size \[6, 4, 0\]"),
+        ({"weight": (6, 5, 3)}, r"to have 10 channels, but got 8 channels instead"),
+        ({"weight": (5, 4, 3), "bias": None}, r"groups=2, expected weight to be divisible by 2 at dimension 0"),
+        ({"weight": (1, 4, 3), "bias": None}, r"groups=2, expected weight to be at least 2 at dimension 0"),
+        ({"bias": (5,)}, r"expected bias to be 1-dimensional with 6 elements, but got bias of size \[5\]"),
+        ({"bias": (6, 1)}, r"bias of size \[6, 1\]"),
+        ({"stride": 0}, "stride=0"),
+        ({"stride": -1}, "stride=-1"),
+        ({"padding": -1}, "padding=-1"),
+        ({"dilation": 0}, "dilation=0"),
+        ({"groups": 0}, "groups=0"),
+        ({"groups": -2}, "groups=-2"),
+        ({"x": (2, 8, 2)}, r"padded input size per channel: \(2\). Kernel size: \(3\)"),
+        ({"dilation": 10}, r"Kernel size: \(21\)"),
     ],
 )
 def test_errors_are_those_of_torch_and_name_argument_and_value(change, message):
@@ -190,17 +190,26 @@ def test_errors_are_those_of_torch_and_name_argument_and_value(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(x=(8,)), r"input to conv_transpose1d, but got input of size: \[8\]"),
-        (dict(weight=(6, 3, 3)), r"to have 6 channels, but got 8 channels instead"),
-        (dict(weight=(7, 3, 3)), "expected weight to be divisible by 2 at dimension 0"),
-        (dict(bias=(5,)), r"expected bias to be 1-dimensional with 6 elements"),
-        (dict(output_padding=2), "output_padding=2, stride=2, dilation=1"),
-        (dict(output_padding=-1), "output_padding=-1"),
-        (dict(padding=30), "calculated output length -19 is too small"),
+        ({"x": (8,)}, r"input to conv_transpose1d, but got input of size: \[8\]"),
+        ({"weight": (6, 3, 3)}, r"to have 6 channels, but got 8 channels instead"),
+        ({"weight": (7, 3, 3)}, "expected weight to be divisible by 2 at dimension 0"),
+        ({"bias": (5,)}, r"expected bias to be 1-dimensional with 6 elements"),
+        ({"output_padding": 2}, "output_padding=2, stride=2, dilation=1"),
+        ({"output_padding": -1}, "output_padding=-1"),
+        ({"padding": 30}, "calculated output length -19 is too small"),
     ],
 )
 def test_errors_of_the_transposed_convolution(change, message):
-    arguments = dict(x=(2, 8, 20), weight=(8, 3, 3), bias=(6,), stride=2, padding=0, dilation=1, groups=2, output_padding=0)
+    arguments = {
+        "x": (2, 8, 20),
+        "weight": (8, 3, 3),
+        "bias": (6,),
+        "stride": 2,
+        "padding": 0,
+        "dilation": 1,
+        "groups": 2,
+        "output_padding": 0,
+    }
     arguments |= change
     tensors = [torch.zeros(arguments.pop(n)) for n in ("x", "weight", "bias")]
     with pytest.raises(RuntimeError, match=message):
@@ -212,7 +221,7 @@ def test_errors_of_the_transposed_convolution(change, message):
 @pytest.mark.parametrize("name", ["weight", "bias"])
 @pytest.mark.parametrize(("change", "message"), [({"dtype": torch.float16}, "type"), ({"device": "meta"}, "device")])
 def test_tensors_must_share_dtype_and_device(name, change, message):
-    tensors = dict(x=torch.zeros(2, 8, 20), weight=torch.zeros(6, 8, 3), bias=torch.zeros(6))
+    tensors = {"x": torch.zeros(2, 8, 20), "weight": torch.zeros(6, 8, 3), "bias": torch.zeros(6)}
     tensors[name] = tensors[name].to(**change)
     with pytest.raises(RuntimeError, match=f"{message}.*{name} {message}"):
         check_arguments(**tensors, stride=1, padding=0, dilation=1, groups=1)
