@@ -80,6 +80,9 @@ def gemm_config(problem: Conv1dProblem, device: Device) -> Config:
     )
     if min(problem.C_in_per_group, problem.C_out_per_group) >= 256:
         config = _compute_bound_tile(problem, config)
+    elif problem.dtype.itemsize == 4 and 128 < problem.C_out_per_group <= 256 and problem.C_in_per_group * problem.K >= 1024:
+        # 192 -> 192 K7 128x256x32 1.29, 128x128x16 1.41
+        config = Config(128, 256, 32, num_warps=8, num_stages=4)
     slice_length = problem.C_in_per_group * (1 if tap_major else problem.K)
     config = replace(
         config,
@@ -123,9 +126,10 @@ def _compute_bound_tile(problem: Conv1dProblem, config: Config) -> Config:
     if tiles < 64 or problem.transposed:
         # p25 64x128x32 0.058, 128x128x32 0.077; x_up256 64x128x16 0.101, 128x128x16 0.112
         return replace(config, BLOCK_M=64)
-    # p15 128x256x32 0.119, 128x128x16 0.142; x_hifi512 128x256x32 0.107, 128x128x32 0.156
     BLOCK_K, num_stages = (32, 4) if problem.dtype.itemsize == 4 else (64, 3)
-    return replace(config, BLOCK_M=128, BLOCK_N=256, BLOCK_K=BLOCK_K, num_warps=8, num_stages=num_stages)
+    # p15 128x256x32 0.119, 128x128x16 0.142; 384 channels fill three tiles of 128: 0.963, two of 256: 1.09
+    BLOCK_N = 256 if problem.C_out_per_group % 256 == 0 or problem.C_out_per_group > 1024 else 128
+    return replace(config, BLOCK_M=128, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=8, num_stages=num_stages)
 
 
 def copies_to_nlc(problem: Conv1dProblem) -> bool:
@@ -171,8 +175,9 @@ def persistent_config(problem: Conv1dProblem, device: Device) -> Config | None:
     slices = -(-problem.C_in_per_group // config.BLOCK_K) * problem.K
     if not config.tap_major:
         slices = -(-problem.C_in_per_group * problem.K // config.BLOCK_K)
-    weights = config.BLOCK_N * slices * config.BLOCK_K * problem.dtype.itemsize
-    if slices > 16 or 2 * weights + pipeline_bytes(config, problem.dtype.itemsize) > device.shared_memory:
+    # beside the weights lie the x tiles of one output tile, for every stage but the last, and the accumulators on their way out
+    resident = slices * config.BLOCK_K * (config.BLOCK_N + (config.num_stages - 1) * config.BLOCK_M) * problem.dtype.itemsize
+    if slices > 16 or resident + 4 * config.BLOCK_M * config.BLOCK_N > device.shared_memory:
         return None
     if problem.N * problem.L_out < 4 * config.BLOCK_M * device.sm_count:
         return None

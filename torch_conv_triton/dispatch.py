@@ -18,10 +18,7 @@ from torch_conv_triton.configs import (
     tma_config,
 )
 from torch_conv_triton.problem import INT32_MAX, KERNEL_DTYPES, Conv1dProblem, dtype_name
-
-# a problem below both takes a GPU less time than our launch takes the host
-LAUNCH_BYTES = 8_000_000
-LAUNCH_FLOPS = 1_000_000_000
+from torch_conv_triton.versus_aten import faster_in_aten
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +99,7 @@ def plan(problem: Conv1dProblem, device: Device | None) -> Plan:
         return aten(reason)
     if device.compare_with_aten and max(problem.extents) <= INT32_MAX:
         # beyond 2^31 elements aten is silently wrong, so a faster aten is no reason there
-        reason = slower_than_aten(problem)
+        reason = faster_in_aten(problem)
         if reason:
             return aten(reason)
     return candidates(problem, device)[-1]
@@ -113,19 +110,6 @@ def candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan, ...]:
     if refusal(problem):
         return ()
     return tuple(_by_preference(problem, device))
-
-
-def slower_than_aten(problem: Conv1dProblem) -> str | None:
-    """Why aten is expected to be faster, or None."""
-    if problem.bytes < LAUNCH_BYTES and problem.flops < LAUNCH_FLOPS:
-        return "so small that the launch decides, and aten's is the shorter"
-    if problem.is_depthwise and problem.layout == "NCL" and problem.K > 48 and not problem.transposed:
-        # p27 (K 63) 0.272 [0.104], p26 (K 31) 0.042 [0.063]
-        return "cuDNN is faster at long depthwise filters in NCL"
-    if problem.transposed and problem.C_in_per_group * problem.C_out_per_group >= 256 * 256:
-        # p18 0.265 [0.207]
-        return "cuDNN is faster at transposed convolutions of many channels"
-    return None
 
 
 def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:

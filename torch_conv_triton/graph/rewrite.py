@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch.fx import Graph, Node
@@ -24,7 +25,12 @@ def rewrite_convolutions(graph: Graph, module_names: Mapping[str, str]) -> Itera
         problem, plan = conv.problem(), conv.plan()
         reason = _reason_to_keep(conv)
         if reason is None:
-            _rewrite(graph, conv, peel_bias=plan.is_aten and value(conv.input).device.type != "cpu")
+            # where aten is the faster without a bias, a separate addition fuses into the pointwise operators that follow, as
+            # it does in Inductor; our kernels add a bias for nothing
+            without_bias = dispatch.plan(replace(problem, has_bias=False), conv.device)
+            peel_bias = without_bias.is_aten and value(conv.input).device.type != "cpu"
+            plan = without_bias if peel_bias else plan
+            _rewrite(graph, conv, peel_bias)
         else:
             plan = dispatch.aten(reason)
         yield ConvRecord.of(module_of(node, module_names), "forward", problem, rewritten=reason is None, plan=plan)
@@ -38,7 +44,6 @@ def _reason_to_keep(conv: Convolution) -> str | None:
 
 
 def _rewrite(graph: Graph, conv: Convolution, peel_bias: bool) -> None:
-    # where aten runs, a separate addition fuses into the pointwise operators that follow, as it does in Inductor
     peeled = conv.bias if peel_bias else None
     with graph.inserting_before(conv.node):
         new = call_convolution(graph, conv, None if peel_bias else conv.bias)

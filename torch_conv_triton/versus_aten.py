@@ -1,0 +1,85 @@
+"""Where aten is faster than our kernels: rules read off measurements on an H200, so that dispatch is never the slower choice.
+
+Figures in comments are ms, ours against [aten's], of layers of the models of the benchmark at full size.
+"""
+
+from __future__ import annotations
+
+from torch_conv_triton.problem import Conv1dProblem
+
+# a problem below both takes a GPU less time than our launch takes the host
+LAUNCH_BYTES = 8_000_000
+LAUNCH_FLOPS = 1_000_000_000
+# a compute-bound tile has this many outputs; a GPU has about a hundred places to put one
+TILE = 128 * 128
+
+
+def faster_in_aten(problem: Conv1dProblem) -> str | None:
+    """Why aten is the faster, or None. A bias costs aten a pass over the output, and our kernels nothing."""
+    if problem.bytes < LAUNCH_BYTES and problem.flops < LAUNCH_FLOPS:
+        return "so small that the launch decides, and aten's is the shorter"
+    if problem.layout != "NCL":
+        # aten copies x to NCL first
+        return None
+    if problem.is_depthwise:
+        return _depthwise(problem)
+    if problem.groups > 1:
+        return None
+    if problem.transposed:
+        return _transposed(problem)
+    if problem.K == 1 and problem.stride == 1:
+        return _pointwise(problem)
+    if problem.dtype.itemsize == 4 and problem.C_in >= 64:
+        return _dense_32bit(problem)
+    return None
+
+
+def _depthwise(problem: Conv1dProblem) -> str | None:
+    # p27 (K 63) 0.272 [0.105], p26 (K 31) 0.042 [0.063]
+    if problem.K > 48 and not problem.transposed:
+        return "cuDNN is faster at long depthwise filters in NCL"
+    return None
+
+
+def _transposed(problem: Conv1dProblem) -> str | None:
+    # with bias: 512 -> 256 K16 0.155 [0.119], 256 -> 128 K16 0.343 [0.269], 512 -> 1 0.716 [0.258], 256 -> 128 K8 0.110 [0.125]
+    # without: 256 -> 128 K8 0.110 [0.094], 192 -> 96 0.591 [0.727]
+    if problem.C_in >= 256 and (not problem.has_bias or problem.C_out >= 256 or problem.C_out < 16 or problem.K >= 16):
+        return "cuDNN is faster at transposed convolutions of many channels"
+    return None
+
+
+def _pointwise(problem: Conv1dProblem) -> str | None:
+    if problem.dtype.itemsize == 2:
+        # 768 -> 768 0.092 [0.038, without bias 0.021], 1024 -> 1024 0.077 [0.073, 0.055]
+        wins = not problem.has_bias or min(problem.C_in, problem.C_out) >= 256
+    else:
+        # 192 -> 192 of length 110080 0.355 [0.465, without bias 0.206]; a length that breaks alignment costs aten the gain:
+        # 128 -> 512 of length 4001 0.101 [0.221, 0.119]
+        wins = not problem.has_bias and problem.L_in % 4 == 0
+    return "a pointwise convolution is one matrix product, which cuBLAS has" if wins else None
+
+
+def _dense_32bit(problem: Conv1dProblem) -> str | None:
+    reduction = problem.C_in * problem.K
+    tiles = problem.N * problem.L_out * problem.C_out // TILE
+    # 512 -> 128 K7 of 8 x 756 0.098 [0.059]; without bias 192 -> 384 K5 of 8 x 400 0.042 [0.033]
+    if problem.C_in >= 128 and tiles < (64 if problem.has_bias else 96):
+        return "too few tiles to fill the GPU, where cuDNN splits the reduction"
+    if problem.stride > 1:
+        # 128 -> 256 K10 s5 0.295 [0.249], 256 -> 512 K16 s8 0.289 [0.289, without bias 0.269], K8 s4 0.440 [0.791];
+        # 512 -> 1024 K16 s8 0.234 [0.377]
+        slower = reduction >= 1280 and problem.C_in < 512
+    elif problem.has_bias:
+        # 256 -> 256 K11 0.340 [0.325], 768 -> 768 K7 0.450 [0.437], 384 -> 384 K7 0.963 [0.900]; 512 -> 512 K5 0.393 [0.435]
+        slower = reduction > 2560 and _short_reach(problem)
+    else:
+        # 256 -> 256 K7 0.425 [0.394], 192 -> 192 K7 1.29 [1.12], 128 -> 128 K11 0.156 [0.140], K7 0.109 [0.129]
+        slower = (reduction >= 1280 or problem.C_in >= 256) and _short_reach(problem)
+    return "cuDNN is faster at the products of many channels and taps" if slower else None
+
+
+def _short_reach(problem: Conv1dProblem) -> bool:
+    """Whether cuDNN's fast kernels take the dilation: 512 -> 512 K7 d3 0.218 [0.199 without bias], d9 0.217 [0.287]."""
+    reach = (problem.K - 1) * problem.dilation
+    return problem.dilation == 1 or reach <= (24 if problem.C_in >= 256 else 10)
