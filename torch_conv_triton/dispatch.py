@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -90,6 +90,7 @@ def tma_refusal(problem: Conv1dProblem, device: Device, config: Config) -> str |
     return None
 
 
+@lru_cache(maxsize=4096)
 def plan(problem: Conv1dProblem, device: Device | None) -> Plan:
     """The plan that runs this problem on this device. None stands for a device without kernels of ours."""
     if device is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -146,10 +146,6 @@ class Conv1dProblem:
         """Least time in ms on a device with these rates. Depthwise work is counted by its bytes alone."""
         compute = 0.0 if self.is_depthwise else self.flops / flops_per_s
         return 1e3 * max(self.bytes / bytes_per_s, compute)
-
-    def bucketed(self) -> Conv1dProblem:
-        """The same problem with N and L_in raised to powers of two: what plans are keyed by, so no plan depends on L."""
-        return replace(self, N=ceil_pow2(self.N), L_in=ceil_pow2(self.L_in))
 
     def describe(self) -> str:
         """One line in the field's terms, e.g. ``8x768x499 -> 768 K128 p64 g16 bf16 NLC``."""

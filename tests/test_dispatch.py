@@ -1,0 +1,119 @@
+"""Which plan a problem gets, and why: pure decisions, tested without a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from torch_conv_triton import dispatch
+from torch_conv_triton.configs import INTERPRETER, Device
+from torch_conv_triton.problem import Conv1dProblem, contiguous_strides, output_length
+
+H200 = Device("NVIDIA H200", capability=90, sm_count=132, shared_memory=232448)
+RTX4090 = Device("NVIDIA GeForce RTX 4090", capability=89, sm_count=128, shared_memory=101376)
+
+
+def problem(x, C_out, K, *, dtype=torch.float32, layout="NCL", bias=True, groups=1, transposed=False, **geometry):
+    """A problem on x of shape ``(N, C_in, L_in)``, contiguous in the layout named."""
+    N, C_in, L_in = x
+    sizes = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0} | geometry
+    lengths = sizes["stride"], sizes["padding"], sizes["dilation"], transposed, sizes["output_padding"]
+    return Conv1dProblem(
+        N=N,
+        C_in=C_in,
+        L_in=L_in,
+        C_out=C_out,
+        K=K,
+        groups=groups,
+        transposed=transposed,
+        has_bias=bias,
+        dtype=dtype,
+        precision="tf32" if dtype == torch.float32 else "ieee",
+        x_strides=contiguous_strides(C_in, L_in) if layout == "NCL" else (C_in * L_in, 1, C_in),
+        w_strides=contiguous_strides(C_out // groups if transposed else C_in // groups, K),
+        y_strides=contiguous_strides(C_out, output_length(L_in, K, *lengths)),
+        **sizes,
+    )
+
+
+FP16, BF16 = torch.float16, torch.bfloat16
+SEED = problem((64, 64, 224280), 128, 3, stride=3, dilation=4, bias=False)
+POSITIONAL = problem((16, 768, 499), 768, 128, padding=64, groups=16, dtype=FP16, layout="NLC")
+ENCODER = problem((16, 512, 31999), 512, 3, stride=2, dtype=FP16, bias=False)
+
+CHOICES = {
+    "seed": (SEED, "dense"),
+    "seed in bf16, NLC": (replace(SEED, dtype=BF16, precision="ieee", x_strides=(64 * 224280, 1, 64)), "dense_tma"),
+    "positional": (POSITIONAL, "dense"),
+    "strided encoder": (ENCODER, "dense_tma"),
+    "vocoder in NLC": (problem((8, 32, 153600), 32, 3, padding=1, layout="NLC"), "dense_persistent"),
+    "depthwise": (problem((8, 5120, 2048), 5120, 4, padding=3, groups=5120, dtype=BF16, layout="NLC"), "depthwise"),
+    "transposed": (problem((8, 64, 120000), 32, 4, stride=2, transposed=True), "transposed"),
+    "pointwise, bias": (problem((4, 128, 110080), 128, 1), "dense"),
+    "pointwise": (problem((4, 128, 110080), 128, 1, bias=False), "aten"),
+    "one token": (problem((64, 1024, 5), 1024, 4, groups=1024, dtype=BF16), "aten"),
+    "long depthwise filter": (problem((32, 512, 750), 512, 63, padding=31, groups=512, dtype=FP16), "aten"),
+    "many channels upsampled": (problem((8, 512, 860), 256, 16, stride=8, padding=4, transposed=True), "aten"),
+    "many products": (problem((4, 768, 3440), 768, 7, padding=3), "aten"),
+    "many products, dilated": (problem((4, 768, 3440), 768, 7, padding=27, dilation=9), "dense"),
+}
+
+
+@pytest.mark.parametrize(("problem", "kernel"), CHOICES.values(), ids=CHOICES)
+def test_runs_the_kernel_that_was_measured_to_be_fastest(problem, kernel):
+    plan = dispatch.plan(problem, H200)
+    assert plan.kernel == kernel, plan
+    assert plan.is_aten == (plan.config is None)
+    assert plan.reason
+
+
+def test_no_device_or_dtype_of_ours_means_aten_with_the_reason():
+    assert dispatch.plan(SEED, None) == dispatch.aten("no kernel of ours runs on this device")
+    assert dispatch.plan(replace(SEED, dtype=torch.float64), H200) == dispatch.aten("fp64 is computed by aten")
+    assert dispatch.plan(replace(SEED, N=0), H200) == dispatch.aten("the input or the output is empty")
+
+
+def test_a_plan_depends_on_the_device():
+    in_nlc = CHOICES["seed in bf16, NLC"][0]
+    assert {plan.kernel for plan in dispatch.candidates(in_nlc, RTX4090)} == {"dense"}
+    assert {plan.kernel for plan in dispatch.candidates(in_nlc, H200)} == {"dense", "dense_persistent", "dense_tma"}
+
+
+def test_beyond_two_to_the_31_elements_a_faster_aten_is_no_reason():
+    small = problem((1, 4, 2**20), 4, 1, bias=False)
+    huge = problem((1, 4, 2**29 + 4100), 4, 1, bias=False)
+    assert dispatch.plan(small, H200).is_aten
+    assert dispatch.plan(huge, H200).kernel == "dense"
+
+
+def test_the_interpreter_runs_kernels_however_small_the_problem():
+    assert dispatch.plan(problem((1, 4, 9), 4, 3), INTERPRETER).kernel == "dense"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x_strides": contiguous_strides(64, 224280)}, "x is not channels-last"),
+        ({"x_strides": (64 * 224280, 1, 65)}, "rows of x are not multiples of 16 bytes"),
+        ({"aligned": False}, "x or the weight does not start on 16 bytes"),
+        ({"dtype": torch.float32}, "float32 is rounded in registers, where a block copy has no gain"),
+        ({"transposed": True}, "a transposed convolution reads x by output phase"),
+        ({"C_in": 72}, "the channels of a group are not a multiple of 16"),
+        ({"L_in": 224281, "padding": 1}, "the stride does not divide the length and the last samples are needed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_tensor_descriptor_cannot_read(change, words):
+    accepted = CHOICES["seed in bf16, NLC"][0]
+    config = dispatch.tma_config(accepted, H200)
+    assert dispatch.tma_refusal(accepted, H200, config) is None
+    changed = replace(accepted, **change)
+    assert dispatch.tma_refusal(changed, H200, dispatch.tma_config(changed, H200)) == words
+    assert dispatch.tma_refusal(accepted, RTX4090, config) == "tensor descriptors need sm_90"
+
+
+def test_a_repeated_problem_is_planned_once():
+    dispatch.plan.cache_clear()
+    for _ in range(3):
+        dispatch.plan(replace(SEED), H200)
+    assert dispatch.plan.cache_info().misses == 1
