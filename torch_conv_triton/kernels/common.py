@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Kernels let Triton specialise on lengths and padding (whether 16 divides them): a mask that is not known to be constant over
+# 16 bytes makes it store the elements of a 16-byte vector one by one, several times slower.
+
 # decided when Triton decorates the kernels, so it holds for every kernel of this process
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 

@@ -16,7 +16,7 @@ from torch_conv_triton.kernels.common import (
 )
 
 
-@triton.jit(do_not_specialize=["N", "L_in", "L_out", "tiles_m", "tiles_n", "padding"])
+@triton.jit(do_not_specialize=["N", "tiles_m", "tiles_n"])
 def conv1d_dense_fwd_kernel(
     x_ptr,  # (N, C_in, L_in), any strides
     w_ptr,  # (C_out, R) in reduction order

@@ -24,7 +24,7 @@ from torch_conv_triton.kernels.common import (
 )
 
 
-@triton.jit(do_not_specialize=["L_in", "L_out", "tiles_m", "tiles", "padding"])
+@triton.jit(do_not_specialize=["tiles_m", "tiles"])
 def conv1d_dense_persistent_fwd_kernel(
     x_ptr,  # (N, C_in, L_in), any strides
     w_ptr,  # (C_out, R) in reduction order

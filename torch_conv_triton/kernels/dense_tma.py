@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, store_tile, weight_matrix, widen
 
 
-@triton.jit(do_not_specialize=["L_out", "tiles_m", "tiles_n"])
+@triton.jit(do_not_specialize=["tiles_m", "tiles_n"])
 def conv1d_dense_tma_fwd_kernel(
     x_desc,  # (N, STRIDE, L_in / STRIDE, C_in), block [1, 1, BLOCK_M, BLOCK_K]
     w_desc,  # (C_out, K * C_in), block [BLOCK_N, BLOCK_K]
@@ -37,6 +37,7 @@ def conv1d_dense_tma_fwd_kernel(
     ROUND_X: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    WEIGHTS_LEFT: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -51,7 +52,10 @@ def conv1d_dense_tma_fwd_kernel(
     CHUNKS: tl.constexpr = C_IN // BLOCK_K
     # padding rounded up to whole rows of the view keeps the division below on non-negative numbers
     PADDED_ROWS: tl.constexpr = (PADDING + STRIDE - 1) // STRIDE
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if WEIGHTS_LEFT:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for i in range(0, K * CHUNKS):
         k = i // CHUNKS
         c = (i % CHUNKS) * BLOCK_K
@@ -62,7 +66,7 @@ def conv1d_dense_tma_fwd_kernel(
         w = w_desc.load([group * C_OUT + tile_n * BLOCK_N, k * C_IN + c])
         if ROUND_X:
             x = round_tf32(x)
-        acc = dot_tile(x, w, acc, False, PRECISION)
+        acc = dot_tile(x, w, acc, WEIGHTS_LEFT, PRECISION)
 
     l_out = widen(tile_m, INT64) * BLOCK_M + tl.arange(0, BLOCK_M)
     store_tile(
@@ -76,7 +80,7 @@ def conv1d_dense_tma_fwd_kernel(
         stride_yc,
         stride_yl,
         HAS_BIAS,
-        False,
+        WEIGHTS_LEFT,
         INT64,
     )
 
@@ -131,6 +135,7 @@ def conv1d_dense_tma(
         ROUND_X=tf32,
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,
+        WEIGHTS_LEFT=config.weights_left,
         INT64=needs_int64(y),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,

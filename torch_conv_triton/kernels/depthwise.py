@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_conv_triton.kernels.common import needs_int64, store_tile, widen
 
 
-@triton.jit(do_not_specialize=["L_in", "L_out", "tiles_l", "tiles_c", "padding"])
+@triton.jit(do_not_specialize=["tiles_l", "tiles_c"])
 def conv1d_depthwise_fwd_kernel(
     x_ptr,  # (N, C_in, L_in), any strides
     w_ptr,  # (C_out, 1, K); transposed: (C_in, C_out / C_in, K), which is the same rows

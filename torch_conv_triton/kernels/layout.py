@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_conv_triton.kernels.common import needs_int64, widen
 
 
-@triton.jit(do_not_specialize=["rows", "L", "L_PADDED", "tiles_c", "tiles_l"])
+@triton.jit(do_not_specialize=["tiles_c", "tiles_l"])
 def ncl_to_nlc_kernel(
     x_ptr,  # (N, C, L), any strides
     out_ptr,  # (N, L_PADDED, C) contiguous; with PAIRS (N, L_PADDED, C / 2) of two channels each

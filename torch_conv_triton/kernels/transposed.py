@@ -63,7 +63,7 @@ def pack_phases_kernel(
     tl.store(out_ptr + i, w, mask=i < numel)
 
 
-@triton.jit(do_not_specialize=["L_in", "L_out", "tiles_m", "tiles_n", "padding"])
+@triton.jit(do_not_specialize=["tiles_m", "tiles_n"])
 def conv1d_transposed_fwd_kernel(
     x_ptr,  # (N, C_in, L_in), any strides
     w_ptr,  # (stride, C_out, R)
