@@ -95,9 +95,9 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 def _demo(args: argparse.Namespace) -> int:
     device = _device(args)
-    require_backend()
     if device.type == "cpu":
         interpret_kernels()
+    require_backend()
     from torch_conv_triton.demo import run_demo
 
     with _standard_output_for_json(args.json):
@@ -178,7 +178,7 @@ def require_backend() -> None:
 
 
 def interpret_kernels() -> None:
-    """Let the kernels run on CPU tensors, in Triton's interpreter; for a process that has loaded none of them yet."""
+    """Let the kernels run on CPU tensors, in Triton's interpreter. Triton reads this when it is imported, so call it before."""
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

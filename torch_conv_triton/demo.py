@@ -117,10 +117,12 @@ def build(device: torch.device, dtype: torch.dtype) -> tuple[MiniVocoder, Tensor
 
 @torch.no_grad()
 def run_demo(device: torch.device, dtype: torch.dtype) -> DemoResult:
-    """Run the demo and print what it does. On the CPU it wants TRITON_INTERPRET=1, set before any kernel is loaded."""
+    """Run the demo and print what it does. On the CPU it wants TRITON_INTERPRET=1, set before Triton is imported."""
     where = _where(device)
     model, x = build(device, dtype)
-    print(f"A mini vocoder (plain torch.nn), {dtype_name(dtype)}, x {tuple(x.shape)}, on {where}.\n", flush=True)
+    precision = current_precision(dtype)
+    products = " (products in TF32, as PyTorch's switch says)" if precision == "tf32" else ""
+    print(f"A mini vocoder (plain torch.nn), {dtype_name(dtype)}{products}, x {tuple(x.shape)}, on {where}.\n", flush=True)
 
     with _step('compile it with backend="triton_conv" and run it, noting every convolution'):
         report = explain(model, x)
@@ -129,7 +131,7 @@ def run_demo(device: torch.device, dtype: torch.dtype) -> DemoResult:
         expected = copy.deepcopy(model).double()(x.double())
         error, eager_error = _relative_error(compiled(x), expected), _relative_error(model(x), expected)
     # errors of rounding are independent from one convolution to the next, so they add up as their squares do
-    bound = testing.error_budget(dtype, current_precision(dtype)) * math.sqrt(model.depth)
+    bound = testing.error_budget(dtype, precision) * math.sqrt(model.depth)
     times_ms: dict[str, float | str] = {}
     if device.type == "cuda":
         with _step("time eager, torch.compile and triton_conv"):
