@@ -43,9 +43,10 @@ ENCODER = problem((16, 512, 31999), 512, 3, stride=2, dtype=FP16, bias=False)
 
 CHOICES = {
     "seed": (SEED, "dense"),
-    "seed in bf16, NLC": (replace(SEED, dtype=BF16, precision="ieee", x_strides=(64 * 224280, 1, 64)), "dense_tma"),
+    "seed in bf16, NLC": (replace(SEED, dtype=BF16, precision="ieee", x_strides=(64 * 224280, 1, 64)), "dense_persistent"),
     "positional": (POSITIONAL, "dense"),
     "strided encoder": (ENCODER, "dense_tma"),
+    "32 channels in bf16, NLC": (problem((16, 32, 131072), 32, 7, padding=9, dilation=3, dtype=BF16, layout="NLC"), "dense_tma"),
     "vocoder in NLC": (problem((8, 32, 153600), 32, 3, padding=1, layout="NLC"), "dense_persistent"),
     "depthwise": (problem((8, 5120, 2048), 5120, 4, padding=3, groups=5120, dtype=BF16, layout="NLC"), "depthwise"),
     "transposed": (problem((8, 64, 120000), 32, 4, stride=2, transposed=True), "transposed"),
@@ -54,8 +55,9 @@ CHOICES = {
     "one token": (problem((64, 1024, 5), 1024, 4, groups=1024, dtype=BF16), "aten"),
     "long depthwise filter": (problem((32, 512, 750), 512, 63, padding=31, groups=512, dtype=FP16), "aten"),
     "many channels upsampled": (problem((8, 512, 860), 256, 16, stride=8, padding=4, transposed=True), "aten"),
-    "many products": (problem((4, 768, 3440), 768, 7, padding=3), "aten"),
-    "many products, dilated": (problem((4, 768, 3440), 768, 7, padding=27, dilation=9), "dense"),
+    "many products, bias": (problem((4, 768, 3440), 768, 7, padding=3), "dense"),
+    "many products": (problem((4, 768, 3440), 768, 7, padding=3, bias=False), "aten"),
+    "many products, dilated": (problem((4, 768, 3440), 768, 7, padding=27, dilation=9, bias=False), "dense"),
 }
 
 

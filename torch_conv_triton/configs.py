@@ -58,9 +58,9 @@ class Config:
 def depthwise_config(problem: Conv1dProblem) -> Config:
     """Tiles that are wide along the contiguous dimension of x."""
     if problem.layout == "NLC":
-        # p20 64x64 0.129, 16x128 0.154; p29 (fp32, K 7) 32x32 0.028
-        channels, length = (64, 64) if problem.dtype.itemsize == 2 else (32, 32)
-        return Config(length, min(channels, max(16, ceil_pow2(problem.C_out))), num_warps=4, num_stages=1)
+        # p22 32x64 0.049, 64x64 0.061; p20 0.130 and 0.128; p29 (fp32, K 7) 32x32 0.028
+        channels = 64 if problem.dtype.itemsize == 2 else 32
+        return Config(32, min(channels, max(16, ceil_pow2(problem.C_out))), num_warps=2, num_stages=1)
     # p26 128x4 0.042, 512x2 0.054; p32 128x4 0.018
     length = min(128, max(16, ceil_pow2(problem.L_out)))
     return Config(length, min(512 // length, ceil_pow2(problem.C_out)), num_warps=2, num_stages=1)
@@ -80,8 +80,11 @@ def gemm_config(problem: Conv1dProblem, device: Device) -> Config:
     )
     if min(problem.C_in_per_group, problem.C_out_per_group) >= 256:
         config = _compute_bound_tile(problem, config)
-    elif problem.dtype.itemsize == 4 and 128 < problem.C_out_per_group <= 256 and problem.C_in_per_group * problem.K >= 1024:
-        # 192 -> 192 K7 128x256x32 1.29, 128x128x16 1.41
+    elif problem.transposed and problem.C_in_per_group >= 256:
+        # x_up256 64x128x16 0.101, 128x128x16 0.112
+        config = replace(config, BLOCK_M=64)
+    elif problem.dtype.itemsize == 4 and 128 < problem.C_out_per_group <= 256 and _fills_wide_tiles(problem, device):
+        # 192 -> 192 K7 128x256x32 1.24, 128x128x16 1.41
         config = Config(128, 256, 32, num_warps=8, num_stages=4)
     slice_length = problem.C_in_per_group * (1 if tap_major else problem.K)
     config = replace(
@@ -90,7 +93,7 @@ def gemm_config(problem: Conv1dProblem, device: Device) -> Config:
         tap_major=tap_major,
         # On the left the weights are the M of the product, of which warp-group instructions need 64. Below that triton 3.6
         # miscompiles 16-bit slices that are not TAP_MAJOR.
-        weights_left=not nlc and config.BLOCK_N in (64, 128) and (problem.dtype.itemsize == 2 or not tap_major),
+        weights_left=config.BLOCK_N in (64, 128) and (problem.dtype.itemsize == 2 or not tap_major),
         copy_to_nlc=copy_to_nlc,
     )
     return fit(config, problem, device)
@@ -109,7 +112,8 @@ def _tile_32bit(problem: Conv1dProblem, BLOCK_N: int, nlc: bool, tap_major: bool
 
 def _tile_16bit(BLOCK_N: int, nlc: bool, tap_major: bool) -> Config:
     if nlc:
-        return Config(128, BLOCK_N, 64, num_warps=8 if BLOCK_N == 128 else 4, num_stages=3)
+        # p28 256x64x64 w8 0.299, 128x64x64 w4 0.340
+        return Config(256 if BLOCK_N == 64 else 128, BLOCK_N, 64, num_warps=8 if BLOCK_N >= 64 else 4, num_stages=3)
     if not tap_major:
         # p11 128x128x16 w8 0.255, w4 0.280; x_dna 128x128x64 2.01, 128x128x32 2.28
         return Config(128, BLOCK_N, 64, num_warps=8 if BLOCK_N == 128 else 4, num_stages=3)
@@ -118,6 +122,11 @@ def _tile_16bit(BLOCK_N: int, nlc: bool, tap_major: bool) -> Config:
         # x_hifi32_bf16 256x32x16 0.380, 128x32x32 0.511
         return Config(256, BLOCK_N, 16, num_warps=4, num_stages=3)
     return Config(128, BLOCK_N, 32, num_warps=4, num_stages=3)
+
+
+def _fills_wide_tiles(problem: Conv1dProblem, device: Device) -> bool:
+    """Whether tiles of 256 channels have enough to compute, and occupy the GPU: 250 -> 250 K7 of 16 x 500 0.104, else 0.090."""
+    return problem.C_in_per_group * problem.K >= 1024 and problem.N * problem.L_out >= 128 * device.sm_count
 
 
 def _compute_bound_tile(problem: Conv1dProblem, config: Config) -> Config:
@@ -136,8 +145,11 @@ def copies_to_nlc(problem: Conv1dProblem) -> bool:
     """Whether x is worth a copy to NLC first: many channels in NCL, whose products outweigh the copy."""
     if problem.layout == "NLC" or problem.groups > 1 or problem.K == 1 or problem.transposed or problem.L_out < 128:
         return False
-    # p16 0.181 against 0.228 without; p13 0.339 against 0.402; 128 channels lose (x_dacdown 0.354 against 0.248)
-    return min(problem.C_in, problem.C_out) >= 256
+    if problem.dtype.itemsize == 2:
+        # p16 0.112 against 0.228 without; x_whisper1 (128 -> 1280) 0.074 against 0.119
+        return problem.C_in >= 128 and problem.C_out >= 256
+    # p13 0.314 against 0.402; K 3 loses (p15 0.109 against 0.094), and so do 128 channels (x_dacdown 0.354 against 0.226)
+    return min(problem.C_in, problem.C_out) >= 256 and problem.K > 3
 
 
 def fit(config: Config, problem: Conv1dProblem, device: Device) -> Config:
@@ -167,9 +179,12 @@ def persistent_config(problem: Conv1dProblem, device: Device) -> Config | None:
     if device.capability != 90 or (problem.dtype == torch.float32 and problem.precision == "ieee"):
         # what the compiler makes of it elsewhere is not verified; three products a slice do not leave the room
         return None
-    config = replace(gemm_config(problem, device), num_stages=2)
-    if config.BLOCK_N <= 32:
-        config = replace(config, programs_per_sm=2)
+    config = gemm_config(problem, device)
+    if problem.dtype.itemsize == 2 and problem.layout == "NLC":
+        # s_seed_bf16 in NLC 128x128x64 w4 s3 0.866, as a tensor-descriptor kernel 0.895
+        config = replace(config, BLOCK_M=128, num_warps=4, num_stages=3, weights_left=False)
+    else:
+        config = replace(config, num_stages=2, programs_per_sm=2 if config.BLOCK_N <= 32 else 1)
     if config.copy_to_nlc or config.BLOCK_M * config.BLOCK_N > 128 * 128:
         return None
     slices = -(-problem.C_in_per_group // config.BLOCK_K) * problem.K
@@ -193,7 +208,8 @@ def tma_config(problem: Conv1dProblem, device: Device) -> Config:
     # p02 w4 0.0485, w8 0.0491; p16 w4 0.181, w8 0.185
     return replace(
         config,
-        BLOCK_M=128,
+        # x_hifi32_bf16 in NLC 256x32x32 0.314, 128x32x32 0.331
+        BLOCK_M=128 if config.BLOCK_N >= 64 else 256,
         BLOCK_N=min(config.BLOCK_N, 128),
         BLOCK_K=min(BLOCK_K, channels & -channels),
         num_warps=4,

@@ -123,18 +123,18 @@ def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
         ]
     if problem.transposed:
         return [Plan("transposed", gemm_config(problem, device), "gathers by output phase, every output written once")]
-    plans = [Plan("dense", gemm_config(problem, device), "implicit GEMM over any strides")]
-    config = persistent_config(problem, device)
-    if config:
-        plan = Plan("dense_persistent", config, "the weights stay in shared memory while a program walks over tiles")
-        # in NLC x_hifi32_k3 0.135 against 0.140, x_hifi32_bf16 0.299 against 0.313; more channels or NCL lose
-        preferred = problem.layout == "NLC" and config.BLOCK_N <= 32
-        plans.insert(len(plans) if preferred else 0, plan)
+    ranked = [(1, Plan("dense", gemm_config(problem, device), "implicit GEMM over any strides"))]
     config = tma_config(problem, device)
     if not tma_refusal(problem, device, config):
-        plan = Plan("dense_tma", config, "channels-last x: every tap is a row shift of one block copy")
         # A descriptor costs the host tens of microseconds, so the kernel has to outlast it. Narrow copies lose (p28, 16
-        # channels wide: 0.53 against 0.34), and so do few channels.
-        preferred = problem.flops > 20e9 and config.BLOCK_K >= 32 and config.BLOCK_N >= 64
-        plans.insert(len(plans) if preferred else 0, plan)
-    return plans
+        # channels wide: 0.53 against 0.34).
+        wins = problem.flops > 20e9 and config.BLOCK_K >= 32
+        plan = Plan("dense_tma", config, "channels-last x: every tap is a row shift of one block copy")
+        ranked.append((2 if wins else 0, plan))
+    config = persistent_config(problem, device)
+    if config:
+        # in NLC x_hifi32_k3 0.135 against 0.140, s_seed_bf16 0.866 against 0.895; otherwise it loses
+        wins = problem.layout == "NLC" and (config.BLOCK_N <= 32) == (problem.dtype.itemsize == 4)
+        plan = Plan("dense_persistent", config, "the weights stay in shared memory while a program walks over tiles")
+        ranked.append((3 if wins else 0, plan))
+    return [plan for _, plan in sorted(ranked, key=lambda pair: pair[0])]

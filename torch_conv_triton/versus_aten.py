@@ -16,7 +16,7 @@ TILE = 128 * 128
 
 def faster_in_aten(problem: Conv1dProblem) -> str | None:
     """Why aten is the faster, or None. A bias costs aten a pass over the output, and our kernels nothing."""
-    if problem.bytes < LAUNCH_BYTES and problem.flops < LAUNCH_FLOPS:
+    if launch_bound(problem):
         return "so small that the launch decides, and aten's is the shorter"
     if problem.layout != "NCL":
         # aten copies x to NCL first
@@ -32,6 +32,11 @@ def faster_in_aten(problem: Conv1dProblem) -> str | None:
     if problem.dtype.itemsize == 4 and problem.C_in >= 64:
         return _dense_32bit(problem)
     return None
+
+
+def launch_bound(problem: Conv1dProblem) -> bool:
+    """Whether the host takes longer to launch our kernels, or to reach our operator, than the GPU to compute the problem."""
+    return problem.bytes < LAUNCH_BYTES and problem.flops < LAUNCH_FLOPS
 
 
 def _depthwise(problem: Conv1dProblem) -> str | None:
@@ -63,18 +68,20 @@ def _pointwise(problem: Conv1dProblem) -> str | None:
 def _dense_32bit(problem: Conv1dProblem) -> str | None:
     reduction = problem.C_in * problem.K
     tiles = problem.N * problem.L_out * problem.C_out // TILE
-    # 512 -> 128 K7 of 8 x 756 0.098 [0.059]; without bias 192 -> 384 K5 of 8 x 400 0.042 [0.033]
-    if problem.C_in >= 128 and tiles < (64 if problem.has_bias else 96):
+    # 512 -> 128 K7 of 8 x 756 0.098 [0.059], 1024 -> 1536 K7 of 4 x 430 0.237 [0.218]; without bias 192 -> 384 K5 of 8 x 400
+    # 0.035 [0.032]
+    few = (tiles < 64 or (problem.C_in >= 1024 and tiles < 170)) if problem.has_bias else tiles < 96
+    if problem.C_in >= 128 and few:
         return "too few tiles to fill the GPU, where cuDNN splits the reduction"
     if problem.stride > 1:
-        # 128 -> 256 K10 s5 0.295 [0.249], 256 -> 512 K16 s8 0.289 [0.289, without bias 0.269], K8 s4 0.440 [0.791];
-        # 512 -> 1024 K16 s8 0.234 [0.377]
+        # 256 -> 512 K16 s8 0.265 [0.290, without bias 0.268] in one model, 0.138 [0.139, 0.127] in another; 250 -> 250 K48 s2
+        # 0.596 [0.437]; 128 -> 256 K8 s4 0.440 [0.791], 512 -> 1024 K16 s8 0.234 [0.377]
         slower = reduction >= 1280 and problem.C_in < 512
     elif problem.has_bias:
-        # 256 -> 256 K11 0.340 [0.325], 768 -> 768 K7 0.450 [0.437], 384 -> 384 K7 0.963 [0.900]; 512 -> 512 K5 0.393 [0.435]
-        slower = reduction > 2560 and _short_reach(problem)
+        # 250 -> 2000 K32 2.04 [1.32]; 768 -> 768 K7 0.423 [0.434], 256 -> 256 K11 0.314 [0.322]
+        slower = reduction > 6000 and _short_reach(problem)
     else:
-        # 256 -> 256 K7 0.425 [0.394], 192 -> 192 K7 1.29 [1.12], 128 -> 128 K11 0.156 [0.140], K7 0.109 [0.129]
+        # 384 -> 384 K7 0.878 [0.770], 192 -> 192 K7 1.24 [1.12], 128 -> 128 K11 0.155 [0.142], K7 0.107 [0.129]
         slower = (reduction >= 1280 or problem.C_in >= 256) and _short_reach(problem)
     return "cuDNN is faster at the products of many channels and taps" if slower else None
 

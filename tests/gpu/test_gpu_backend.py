@@ -150,7 +150,7 @@ def test_frozen_batch_norm_is_folded_into_our_operator():
 @torch.no_grad()
 def test_bias_of_a_convolution_that_aten_runs_is_an_addition_of_its_own(monkeypatch):
     monkeypatch.setattr(dispatch, "plan", lambda problem, device: dispatch.aten("for this test"))
-    conv, x = nn.Conv1d(16, 32, 3).cuda(), torch.randn(4, 16, 100, device="cuda")
+    conv, x = nn.Conv1d(16, 32, 3).cuda(), torch.randn(64, 16, 4096, device="cuda")
     captured = Captured(conv)
     actual = captured(x)
     assert "triton_conv.conv1d" in captured.after[0] and "aten.add" in captured.after[0]
@@ -158,7 +158,7 @@ def test_bias_of_a_convolution_that_aten_runs_is_an_addition_of_its_own(monkeypa
 
 
 def test_weight_in_channels_last_is_left_to_aten():
-    conv, x = nn.Conv1d(16, 32, 3).cuda(), torch.randn(4, 16, 100, device="cuda")
+    conv, x = nn.Conv1d(16, 32, 3).cuda(), torch.randn(64, 16, 4096, device="cuda")
     conv.weight.data = conv.weight.data.mT.contiguous().mT
     eager = conv(x)
     with torch.no_grad():

@@ -61,5 +61,6 @@ def test_a_fault_on_the_device_costs_one_call():
 def test_a_model_runs_three_ways_and_is_right(tmp_path, train):
     (result,) = run_models(["wav2vec2_base"], "fp32", size="small", train=train, rounds=1, ms=10, out=tmp_path / "models.json")
     assert (result.status, result.message) == ("ok", "")
-    assert result.rewritten == result.convolutions > 0
+    # the smallest are left to aten
+    assert 0 < result.rewritten <= result.convolutions
     assert all(not isinstance(found, str) for found in result.ways.values())

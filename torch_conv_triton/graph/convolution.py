@@ -51,6 +51,11 @@ class Convolution:
     def geometry(self) -> tuple[int | Node, ...]:
         return self.stride, self.padding, self.dilation, self.groups, self.output_padding
 
+    @property
+    def is_static(self) -> bool:
+        """Whether the graph has this one size of input and weight."""
+        return all(isinstance(size, int) for node in (self.input, self.weight) for size in value(node).shape)
+
     def problem(self) -> Conv1dProblem:
         """The problem at the sizes seen while compiling; sizes that change are hints, and no guard is added."""
         return Conv1dProblem.from_tensors(

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from torch_conv_triton import dispatch
 from torch_conv_triton.graph.convolution import Convolution, aten, is_contiguous, read, reason_to_keep, value
 from torch_conv_triton.graph.report import ConvRecord, module_of
+from torch_conv_triton.versus_aten import launch_bound
 
 
 def rewrite_convolutions(graph: Graph, module_names: Mapping[str, str]) -> Iterator[ConvRecord]:
@@ -37,7 +38,11 @@ def rewrite_convolutions(graph: Graph, module_names: Mapping[str, str]) -> Itera
 
 
 def _reason_to_keep(conv: Convolution) -> str | None:
-    reason = reason_to_keep(conv) or dispatch.refusal(conv.problem())
+    problem = conv.problem()
+    reason = reason_to_keep(conv) or dispatch.refusal(problem)
+    if reason is None and conv.device.compare_with_aten and launch_bound(problem) and conv.is_static:
+        # with sizes that change the operator decides at each call, here nothing would repay its call
+        reason = "so small that the launch decides, and aten's is the shorter"
     if reason is None and not is_contiguous(value(conv.node)):
         reason = f"the graph relies on an output with strides {tuple(value(conv.node).stride())}, ours is contiguous"
     return reason
