@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from math import gcd
 
 import torch
 
@@ -58,9 +59,18 @@ def refusal(problem: Conv1dProblem) -> str | None:
         return f"{dtype_name(problem.dtype)} is computed by aten"
     if min(problem.N, problem.C_in, problem.C_out, problem.L_in, problem.L_out) <= 0:
         return "the input or the output is empty"
-    if problem.C_out * problem.C_in_per_group * problem.K > INT32_MAX:
+    if _weight_elements(problem) > INT32_MAX:
         return "the weight has 2^31 elements or more"
     return None
+
+
+def _weight_elements(problem: Conv1dProblem) -> int:
+    """Elements of the weight as the kernels read it; a transposed one is packed by output phase, each phase with as many taps."""
+    taps = problem.K
+    if problem.transposed:
+        step = problem.stride // gcd(problem.stride, problem.dilation)
+        taps = problem.stride * -(-problem.K // step)
+    return problem.C_out * problem.C_in_per_group * taps
 
 
 def tma_refusal(problem: Conv1dProblem, device: Device, config: Config) -> str | None:

@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# beyond it offsets are computed in 64 bits; the margin is for what a tile computes past the end before it masks it
+OFFSET_LIMIT = 2**31 - 2**20
+
 # Kernels let Triton specialise on lengths and padding (whether 16 divides them): a mask that is not known to be constant over
 # 16 bytes makes it store the elements of a 16-byte vector one by one, several times slower.
 
@@ -251,7 +254,8 @@ def pack_weight_kernel(
     else:
         k = r % K
         c = r // K
-    w = tl.load(w_ptr + o * stride_wo + c * stride_wc + k * stride_wk, mask=i < numel, other=0.0)
+    offsets = o.to(tl.int64) * stride_wo + c.to(tl.int64) * stride_wc + k.to(tl.int64) * stride_wk
+    w = tl.load(w_ptr + offsets, mask=i < numel, other=0.0)
     if ROUND:
         w = round_tf32(w)
     tl.store(out_ptr + i, w, mask=i < numel)
@@ -273,9 +277,11 @@ def weight_matrix(weight: Tensor, tap_major: bool, rounded: bool) -> tuple[Tenso
 
     A weight that is stored in that order is used as it is; any other is packed, which costs one pass over it.
     """
-    _, C_in, K = weight.shape
+    C_out, C_in, K = weight.shape
     stride_o, stride_c, stride_k = weight.stride()
-    if tap_major:
+    if C_out * stride_o > OFFSET_LIMIT:
+        in_order = False
+    elif tap_major:
         in_order = (stride_c == 1 or C_in == 1) and (stride_k == C_in or K == 1)
     else:
         in_order = (stride_k == 1 or K == 1) and (stride_c == K or C_in == 1)
@@ -288,9 +294,9 @@ def weight_matrix(weight: Tensor, tap_major: bool, rounded: bool) -> tuple[Tenso
 def needs_int64(*tensors: Tensor) -> bool:
     """Whether an offset within one sample of a ``(N, C, L)`` tensor, or a position in it, can pass 2^31 - 1."""
     for tensor in tensors:
-        last = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
-        # the last tile may compute offsets past the end before it masks them
-        if last > 2**31 - 2**20:
+        _, C, L = tensor.shape
+        _, stride_c, stride_l = tensor.stride()
+        if max((C - 1) * abs(stride_c) + (L - 1) * abs(stride_l), L) > OFFSET_LIMIT:
             return True
     return False
 

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import (
+    OFFSET_LIMIT,
     dot_precision,
     implicit_gemm,
     needs_int64,
@@ -139,7 +140,7 @@ def conv1d_dense(
     _, C_out, L_out = y.shape
     _, C_in, K = weight.shape
     w, stride_wo, rounded = weight_matrix(weight, config.tap_major, tf32)
-    flatten = N > 1 and L_out < config.BLOCK_M
+    flatten = N > 1 and L_out < config.BLOCK_M and N * L_out <= OFFSET_LIMIT
     rows = N * L_out if flatten else L_out
     tiles_m = triton.cdiv(rows, config.BLOCK_M)
     tiles_n = triton.cdiv(C_out // groups, config.BLOCK_N)

@@ -55,7 +55,7 @@ def conv1d_depthwise_fwd_kernel(
     o_mask = o < C_OUT
     row_mask = l_out < L_out
     x_rows = x_ptr + sample * stride_xn + (widen(o // MULTIPLIER, INT64) * stride_xc)[None, :]
-    w_rows = w_ptr + o * stride_wo
+    w_rows = w_ptr + o.to(tl.int64) * stride_wo
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if TRANSPOSED:

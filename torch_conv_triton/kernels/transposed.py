@@ -57,7 +57,8 @@ def pack_phases_kernel(
         c = r // PHASE_TAPS
     k = first_tap(phase, GCD, TAP_STEP, TAP_INVERSE) + j * TAP_STEP
     mask = (i < numel) & (k < K) & (phase % GCD == 0)
-    w = tl.load(w_ptr + (group * C_IN + c) * stride_wc + o * stride_wo + k * stride_wk, mask=mask, other=0.0)
+    c_in = (group * C_IN + c).to(tl.int64)
+    w = tl.load(w_ptr + (c_in * stride_wc + o.to(tl.int64) * stride_wo + k.to(tl.int64) * stride_wk), mask=mask, other=0.0)
     if ROUND:
         w = round_tf32(w)
     tl.store(out_ptr + i, w, mask=i < numel)
