@@ -35,6 +35,8 @@ def forward_with(plan: Plan, problem: Conv1dProblem, x: Tensor, weight: Tensor, 
         return torch.ops.aten.convolution(
             x, weight, bias, [p.stride], [p.padding], [p.dilation], p.transposed, [p.output_padding], p.groups
         ).contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
     y = x.new_empty((p.N, p.C_out, p.L_out))
     if x.is_cuda:
         # Triton launches on the current device

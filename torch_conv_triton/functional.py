@@ -104,8 +104,8 @@ def conv_transpose1d(
     return _call(_CONV_TRANSPOSE1D, input, weight, bias, *geometry)
 
 
-_CONV1D = ops.Conv1d, ops.conv1d, torch.ops.aten.conv1d.default
-_CONV_TRANSPOSE1D = ops.ConvTranspose1d, ops.conv_transpose1d, torch.ops.aten.conv_transpose1d.default
+_CONV1D = ops.Conv1d, ops.conv1d, torch.conv1d
+_CONV_TRANSPOSE1D = ops.ConvTranspose1d, ops.conv_transpose1d, torch.conv_transpose1d
 
 
 def _call(operator, input: Tensor, *args) -> Tensor:

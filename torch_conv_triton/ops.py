@@ -262,12 +262,12 @@ def differentiable(function, op, composite, *args):
 
 def _conv1d_autograd(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     args = input, weight, bias, stride, padding, dilation, groups
-    return differentiable(Conv1d, conv1d, _aten.conv1d.default, *args)
+    return differentiable(Conv1d, conv1d, torch.conv1d, *args)
 
 
 def _conv_transpose1d_autograd(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
     args = input, weight, bias, stride, padding, output_padding, groups, dilation
-    return differentiable(ConvTranspose1d, conv_transpose1d, _aten.conv_transpose1d.default, *args)
+    return differentiable(ConvTranspose1d, conv_transpose1d, torch.conv_transpose1d, *args)
 
 
 def _conv1d_input_grad_autograd(grad_output, weight, input_length, stride=1, padding=0, dilation=1, groups=1):

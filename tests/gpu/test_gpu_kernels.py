@@ -1,0 +1,134 @@
+"""Every kernel on the GPU against float64: the geometries of the interpreter's tests, and what only a GPU shows."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import torch_conv_triton
+from torch_conv_triton import dispatch, execute, reference
+from torch_conv_triton.testing import CASES, LAYOUTS, Case, check_case, make_inputs, random_cases
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# large enough for every kernel of the plan table, and for the tiles of many channels
+LARGE = (
+    Case("wide_copied", 2, 256, 700, 256, 5, padding=2),
+    Case("wide_strided", 2, 128, 1001, 512, 3, stride=2, padding=1),
+    Case("vocoder", 2, 32, 80000, 32, 7, padding=9, dilation=3),
+    Case("seed", 2, 64, 60000, 128, 3, stride=3, dilation=4),
+    Case("three_tiles", 1, 192, 20000, 192, 7, padding=3),
+    Case("many_channels_grouped", 2, 768, 499, 768, 16, padding=8, groups=16),
+    Case("upsampled", 2, 256, 2400, 128, 8, stride=4, padding=2, transposed=True),
+    Case("short", 256, 512, 8, 512, 5, padding=2),
+)
+
+
+@pytest.fixture(params=["tf32", "ieee"])
+def precision(request):
+    torch.backends.cudnn.conv.fp32_precision = request.param
+    yield request.param
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+
+def check_every_plan(case: Case, dtype: torch.dtype, layout: str) -> None:
+    """Each plan is within the budget of its dtype, on poisoned memory, and the same bit for bit in a second run."""
+    tensors = make_inputs(case, dtype, layout, "cuda")
+    problem = case.problem(*tensors)
+    for plan in dispatch.candidates(problem, dispatch.device_for(tensors[0].device)):
+
+        def run(x, weight, bias, plan=plan):
+            return execute.forward_with(plan, problem, x, weight, bias)
+
+        first, second = (check_case(case, run, dtype, layout, "cuda") for _ in range(2))
+        assert torch.equal(first, second), plan
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *LARGE, *random_cases(40, seed=11)], ids=str)
+def test_geometries_in_16_bits(case, dtype, layout):
+    check_every_plan(case, dtype, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [*CASES, *LARGE, *random_cases(40, seed=13)], ids=str)
+def test_geometries_in_float32(case, layout, precision):
+    check_every_plan(case, torch.float32, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("dense", "depthwise", "transposed")], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_non_finite_values_spread_as_in_aten(case, dtype, value):
+    x, weight, bias = make_inputs(case, dtype, device="cuda")
+    x[0, 1, 7] = value
+    expected = case.operator(F)(x, weight, bias)
+    problem = case.problem(x, weight, bias)
+    for plan in dispatch.candidates(problem, dispatch.device_for(x.device)):
+        assert torch.equal(execute.forward_with(plan, problem, x, weight, bias).isfinite(), expected.isfinite()), plan
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_beyond_two_to_the_31_elements(groups):
+    x = torch.randn(1, 4, 2**29 + 4099, device="cuda", dtype=torch.float16)
+    weight = torch.randn(4, 4 // groups, 3, device="cuda", dtype=torch.float16)
+    y = torch_conv_triton.conv1d(x, weight, padding=1, groups=groups)
+    for part in (slice(None, 64), slice(-64, None)):
+        inner = slice(None, 63) if part.start is None else slice(1, None)
+        expected = reference.conv1d(x[:, :, part], weight, None, 1, 1, 1, groups)
+        torch.testing.assert_close(y[:, :, part][:, :, inner].double(), expected[:, :, inner], rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("case", [case for case in LARGE if case.name in ("wide_copied", "vocoder", "upsampled")], ids=str)
+def test_runs_on_the_current_stream_and_in_a_cuda_graph(case):
+    x, weight, bias = make_inputs(case, torch.float16, "NLC", "cuda")
+    conv = case.operator(torch_conv_triton)
+    conv(x, weight, bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = conv(x, weight, bias)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late = x.clone()
+        beside = conv(late, weight, bias)
+    stream.synchronize()
+    assert torch.equal(beside, y)
+
+
+def test_a_thread_of_its_own_can_launch_every_kernel():
+    with ThreadPoolExecutor(1) as pool:
+        for case in LARGE:
+            pool.submit(check_every_plan, case, torch.float16, "NLC").result()
+
+
+def test_no_call_waits_for_the_device():
+    x, weight, bias = make_inputs(LARGE[0], torch.float16, device="cuda")
+    conv = LARGE[0].operator(torch_conv_triton)
+    conv(x, weight, bias)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        conv(x, weight, bias)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients(dtype):
+    case = LARGE[1]
+    leaves = [t.detach().clone().requires_grad_() for t in make_inputs(case, dtype, device="cuda")]
+    y = case.operator(torch_conv_triton)(*leaves)
+    grad = torch.randn_like(y)
+    actual = torch.autograd.grad(y, leaves, grad)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    expected = torch.autograd.grad(case.operator(F)(*doubles), doubles, grad.double())
+    for a, e in zip(actual, expected, strict=True):
+        assert ((a.double() - e).norm() / e.norm()).item() < {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}[
+            dtype
+        ]

@@ -1,0 +1,148 @@
+"""Every kernel in Triton's interpreter against float64: named and random geometries, layouts, dtypes, memory full of NaN."""
+
+import pytest
+import torch
+
+from torch_conv_triton import dispatch, execute, reference
+from torch_conv_triton.testing import CASES, LAYOUTS, Case, assert_within_budget, check_case, make_inputs, random_cases
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# enough output positions that the persistent kernel walks over several tiles a program
+LONG = (
+    Case("long", 1, 16, 6000, 16, 3, padding=1),
+    Case("long_strided", 1, 8, 12000, 12, 4, stride=2, padding=1, bias=False),
+)
+SHORT_OF_TILES = Case("halo_at_every_tile", 1, 32, 700, 32, 9, padding=24, dilation=6)
+
+
+@pytest.fixture
+def full_float32():
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+
+def named(*names: str) -> list[Case]:
+    return [case for case in CASES if case.name in names]
+
+
+def run_every_plan(case: Case, dtype: torch.dtype, layout: str) -> list[str]:
+    """Check the case with every plan that may run it; the names of the kernels."""
+    tensors = make_inputs(case, dtype, layout)
+    problem = case.problem(*tensors)
+    plans = dispatch.candidates(problem, dispatch.device_for(tensors[0].device))
+    for plan in plans:
+        check_case(case, lambda x, w, b, plan=plan: execute.forward_with(plan, problem, x, w, b), dtype, layout)
+    return [plan.kernel for plan in plans]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_geometries(case, layout, dtype):
+    kernels = run_every_plan(case, dtype, layout)
+    assert bool(kernels) == (case.N > 0)
+
+
+@pytest.mark.parametrize("case", random_cases(60, seed=7), ids=str)
+def test_random_geometries(case):
+    # the case's number picks the combination, so that all of them come up
+    index = int(case.name.rpartition("_")[2])
+    assert run_every_plan(case, DTYPES[index % 3], LAYOUTS[index // 3 % 3])
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_persistent_programs_walk_over_tiles(case, dtype):
+    assert "dense_persistent" in run_every_plan(case, dtype, "NCL")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_tensor_descriptors_serve_channels_last(dtype, layout):
+    assert ("dense_tma" in run_every_plan(SHORT_OF_TILES, dtype, layout)) == (layout == "NLC")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_table_reaches_every_kernel_that_its_names_promise(case):
+    kernels = {plan.kernel for plan in dispatch.candidates(case.problem(*make_inputs(case, torch.float32)), dispatch.INTERPRETER)}
+    if case.N == 0:
+        assert kernels == set()
+    else:
+        assert ("transposed" if case.transposed else "dense") in kernels
+        assert ("depthwise" in kernels) == (case.groups == case.C_in > 1)
+
+
+@pytest.mark.parametrize("case", named("dense", "grouped", "transposed", "depthwise"), ids=str)
+def test_full_float32_where_the_switch_asks_for_it(case, full_float32):
+    assert case.problem(*make_inputs(case, torch.float32)).precision == "ieee"
+    run_every_plan(case, torch.float32, "NCL")
+
+
+@pytest.mark.parametrize("case", named("dense", "grouped", "transposed"), ids=str)
+def test_tf32_rounds_operands_to_nearest(case):
+    x, weight, bias = make_inputs(case, torch.float32)
+    problem = case.problem(x, weight, bias)
+    assert problem.precision == "tf32"
+    expected = reference.conv1d(nearest_tf32(x), nearest_tf32(weight), bias, *case.geometry)
+    for plan in dispatch.candidates(problem, dispatch.INTERPRETER):
+        assert_within_budget(execute.forward_with(plan, problem, x, weight, bias), expected, "ieee")
+
+
+def nearest_tf32(tensor: torch.Tensor) -> torch.Tensor:
+    """The values with the last 13 of 23 mantissa bits rounded away, ties away from zero."""
+    return ((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", named("dense", "depthwise", "transposed", "strided"), ids=str)
+def test_non_finite_values_spread_as_in_aten(case, dtype, value):
+    x, weight, bias = make_inputs(case, dtype)
+    x[0, 1, 7] = value
+    expected = case.operator(torch.nn.functional)(x, weight, bias)
+    problem = case.problem(x, weight, bias)
+    for plan in dispatch.candidates(problem, dispatch.INTERPRETER):
+        y = execute.forward_with(plan, problem, x, weight, bias)
+        assert torch.equal(y.isfinite(), expected.isfinite())
+        assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("case", named("dense", "depthwise", "transposed"), ids=str)
+def test_weights_of_any_strides(case):
+    x, weight, bias = make_inputs(case, torch.float32)
+    expected = execute.forward(x, weight, bias, *case.geometry)
+    for same in (weight.transpose(0, 2).contiguous().transpose(0, 2), weight.repeat_interleave(2, dim=2)[..., ::2]):
+        assert not same.is_contiguous()
+        torch.testing.assert_close(execute.forward(x, same, bias, *case.geometry), expected)
+    shared = weight[:1].expand(weight.shape)
+    torch.testing.assert_close(
+        execute.forward(x, shared, bias, *case.geometry), execute.forward(x, shared.contiguous(), bias, *case.geometry)
+    )
+
+
+@pytest.mark.parametrize("case", named("dense", "transposed"), ids=str)
+def test_an_expanded_input_is_read_in_place(case):
+    x, weight, bias = make_inputs(case, torch.float32)
+    shared = x[:1].expand(x.shape)
+    y = execute.forward(shared, weight, bias, *case.geometry)
+    torch.testing.assert_close(y[1], y[0], rtol=0, atol=0)
+    torch.testing.assert_close(y, execute.forward(shared.contiguous(), weight, bias, *case.geometry))
+
+
+@pytest.mark.parametrize("case", named("dense", "transposed", "depthwise"), ids=str)
+def test_bias_of_any_stride(case):
+    x, weight, bias = make_inputs(case, torch.float32)
+    spread = torch.stack([bias, torch.full_like(bias, torch.nan)], dim=1)[:, 0]
+    assert spread.stride() == (2,)
+    expected = execute.forward(x, weight, bias, *case.geometry)
+    torch.testing.assert_close(execute.forward(x, weight, spread, *case.geometry), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_channels_are_copied_to_channels_last(dtype):
+    case = Case("copied", 1, 256, 301, 256, 5, stride=2, padding=2)
+    tensors = make_inputs(case, dtype)
+    plan = dispatch.plan(case.problem(*tensors), dispatch.INTERPRETER)
+    assert plan.config.copy_to_nlc
+    run_every_plan(case, dtype, "NCL")
