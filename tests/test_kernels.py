@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from torch_conv_triton import dispatch, execute, reference
-from torch_conv_triton.testing import CASES, LAYOUTS, Case, assert_within_budget, check_case, make_inputs, random_cases
+from torch_conv_triton.testing import (
+    CASES,
+    LAYOUTS,
+    Case,
+    assert_within_budget,
+    check_case,
+    float32_precision,
+    make_inputs,
+    random_cases,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # enough output positions that the persistent kernel walks over several tiles a program
@@ -13,13 +22,6 @@ LONG = (
     Case("long_strided", 1, 8, 12000, 12, 4, stride=2, padding=1, bias=False),
 )
 SHORT_OF_TILES = Case("halo_at_every_tile", 1, 32, 700, 32, 9, padding=24, dilation=6)
-
-
-@pytest.fixture
-def full_float32():
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
 
 
 def named(*names: str) -> list[Case]:
@@ -74,9 +76,10 @@ def test_the_table_reaches_every_kernel_that_its_names_promise(case):
 
 
 @pytest.mark.parametrize("case", named("dense", "grouped", "transposed", "depthwise"), ids=str)
-def test_full_float32_where_the_switch_asks_for_it(case, full_float32):
-    assert case.problem(*make_inputs(case, torch.float32)).precision == "ieee"
-    run_every_plan(case, torch.float32, "NCL")
+def test_full_float32_where_the_switch_asks_for_it(case):
+    with float32_precision("ieee"):
+        assert case.problem(*make_inputs(case, torch.float32)).precision == "ieee"
+        run_every_plan(case, torch.float32, "NCL")
 
 
 @pytest.mark.parametrize("case", named("dense", "grouped", "transposed"), ids=str)

@@ -235,6 +235,18 @@ def check_case(case: Case, run, dtype: torch.dtype, layout: str = "NCL", device:
 
 
 @contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """Within the context, PyTorch's switch for convolutions asks for float32 products in "tf32" or "ieee"."""
+    switch = torch.backends.cudnn.conv
+    before = switch.fp32_precision
+    switch.fp32_precision = precision
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+@contextmanager
 def poisoned_allocations() -> Iterator[None]:
     """Within the context, memory that PyTorch hands out uninitialised to Python code is full of NaN."""
 

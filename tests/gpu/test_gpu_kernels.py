@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import torch_conv_triton
 from torch_conv_triton import dispatch, execute, reference
-from torch_conv_triton.testing import CASES, LAYOUTS, Case, check_case, make_inputs, random_cases
+from torch_conv_triton.testing import CASES, LAYOUTS, Case, check_case, float32_precision, make_inputs, random_cases
 
 pytestmark = pytest.mark.gpu
 
@@ -28,9 +28,8 @@ LARGE = (
 
 @pytest.fixture(params=["tf32", "ieee"])
 def precision(request):
-    torch.backends.cudnn.conv.fp32_precision = request.param
-    yield request.param
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    with float32_precision(request.param):
+        yield request.param
 
 
 def check_every_plan(case: Case, dtype: torch.dtype, layout: str) -> None:
