@@ -119,28 +119,26 @@ def test_tensors_that_start_off_16_bytes_are_not_aligned():
 
 
 @pytest.mark.parametrize(
-    ("switch", "value", "precision"),
+    ("statement", "precision"),
     [
-        ("torch.backends.cudnn.conv", "ieee", "ieee"),
-        ("torch.backends.cudnn.conv", "none", "ieee"),
-        ("torch.backends.cudnn", "ieee", "ieee"),
-        ("torch.backends", "ieee", "ieee"),
-        ("torch.backends.cuda.matmul", "ieee", "tf32"),
+        ("", "tf32"),
+        ("torch.backends.cudnn.conv.fp32_precision = 'ieee'", "ieee"),
+        ("torch.backends.cudnn.conv.fp32_precision = 'none'", "ieee"),
+        ("torch.backends.cudnn.allow_tf32 = False", "ieee"),
+        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", "tf32"),
+        ("torch.backends.cuda.matmul.allow_tf32 = False", "tf32"),
     ],
 )
-def test_float32_precision_follows_cudnns_convolution_switch(switch, value, precision):
+def test_float32_precision_follows_cudnns_convolution_switch(statement, precision):
     # a switch that was ever set no longer follows the one above it, so each is set in a process of its own
     script = f"""
 import torch
 from torch_conv_triton.problem import current_precision
-assert current_precision(torch.float32) == "tf32"
-{switch}.fp32_precision = "{value}"
-assert current_precision(torch.bfloat16) == "ieee"
-print(current_precision(torch.float32))
+{statement}
+print(current_precision(torch.float32), current_precision(torch.bfloat16))
 """
-    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split() == [
-        precision
-    ]
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert printed.split() == [precision, "ieee"]
 
 
 def test_single_takes_an_integer_or_a_list_of_one():
