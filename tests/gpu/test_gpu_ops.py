@@ -19,7 +19,8 @@ DEVICE = "cuda"
 OPS = torch.ops.triton_conv
 OPINFO = {op.name.rpartition(".")[2]: op for op in op_db if op.name in ("nn.functional.conv1d", "nn.functional.conv_transpose1d")}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-CHECKED = ("dense", "grouped", "depthwise", "dilated_strided", "transposed", "transposed_depthwise", "empty_batch")
+# not the empty batch: opcheck cannot clone an empty tensor that is a slice of a larger one
+CHECKED = ("dense", "grouped", "depthwise", "dilated_strided", "transposed", "transposed_depthwise")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
