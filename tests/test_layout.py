@@ -20,3 +20,14 @@ def test_copies_every_element_and_pads_with_zeros(dtype, channels):
 def test_reads_any_strides():
     x = torch.randn(2, 67, 2, 8).transpose(1, 3)[:, :, 1].to(torch.float16)
     assert torch.equal(channels_last_copy(x), x)
+
+
+def test_rounds_to_tf32_on_the_way_where_asked():
+    x = torch.randn(1, 5, 9)
+    x[0, 0, :3] = torch.tensor([float("nan"), float("inf"), 1 + 2.0**-11])
+    copy = channels_last_copy(x, rounded=True)
+    bits = x.view(torch.int32)
+    nearest = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+    nearest[0, 0, :2] = x[0, 0, :2]
+    torch.testing.assert_close(copy, nearest, rtol=0, atol=0, equal_nan=True)
+    assert nearest[0, 0, 2] == 1 + 2.0**-10

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import needs_int64, widen
+from torch_conv_triton.kernels.common import needs_int64, round_tf32, widen
 
 
 @triton.jit(do_not_specialize=["tiles_c", "tiles_l"])
@@ -25,6 +25,7 @@ def ncl_to_nlc_kernel(
     tiles_c,
     tiles_l,
     PAIRS: tl.constexpr,
+    ROUND: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -47,17 +48,22 @@ def ncl_to_nlc_kernel(
         x = (even.to(tl.int32) & 0xFFFF) | (odd.to(tl.int32) << 16)
     else:
         x = tl.load(x_ptr + ((widen(c, INT64) * stride_xc)[:, None] + from_l), mask=mask, other=0)
+    if ROUND:
+        x = round_tf32(x)
     tl.store(out_ptr + sample * stride_on + to, x, mask=row_mask & (at < L_PADDED)[None, :])
 
 
-def channels_last_copy(x: Tensor, multiple: int = 1) -> Tensor:
-    """A copy of x ``(N, C, L)``, stored NLC, with zeros up to the next length that `multiple` divides. 16- or 32-bit dtypes."""
+def channels_last_copy(x: Tensor, multiple: int = 1, rounded: bool = False) -> Tensor:
+    """A copy of x ``(N, C, L)``, stored NLC, with zeros up to the next length that `multiple` divides. 16- or 32-bit dtypes.
+
+    `rounded` float32 is rounded to TF32 on the way, so that a kernel need not pass it through registers to do so.
+    """
     N, C, L = x.shape
     L_padded = triton.cdiv(L, multiple) * multiple
     out = torch.empty((N, L_padded, C), dtype=x.dtype, device=x.device)
     pairs = x.element_size() == 2 and C % 2 == 0
-    # bits are moved, not numbers
-    source = x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+    # bits are moved, not numbers, unless they are rounded
+    source = x if rounded else x.view(torch.int16 if x.element_size() == 2 else torch.int32)
     target = out.view(torch.int32 if pairs else source.dtype)
     block_c, block_l = (32, 64) if pairs else (64, 64)
     rows = target.shape[2]
@@ -73,6 +79,7 @@ def channels_last_copy(x: Tensor, multiple: int = 1) -> Tensor:
         tiles_c,
         tiles_l,
         PAIRS=pairs,
+        ROUND=rounded,
         INT64=needs_int64(x),
         BLOCK_C=block_c,
         BLOCK_L=block_l,
