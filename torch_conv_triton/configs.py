@@ -35,7 +35,7 @@ class Config:
 
     `tap_major`: a slice of the reduction is one tap of BLOCK_K channels, else all taps of few channels. `weights_left` puts the
     weights on the left of the tile's product (accumulator [C_out, L]). `programs_per_sm` is for persistent kernels.
-    `copy_to_nlc`: x is first copied to NLC, a workspace of the size of x.
+    `copy_to_nlc`: x is first copied to NLC, a workspace of the size of x. `prefetch`: a tile asks for all of its x at the start.
     """
 
     BLOCK_M: int
@@ -47,10 +47,11 @@ class Config:
     weights_left: bool = False
     programs_per_sm: int = 1
     copy_to_nlc: bool = False
+    prefetch: bool = False
 
     def __str__(self) -> str:
         blocks = "x".join(str(b) for b in (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K) if b)
-        flags = [name for name in ("tap_major", "weights_left", "copy_to_nlc") if getattr(self, name)]
+        flags = [name for name in ("tap_major", "weights_left", "copy_to_nlc", "prefetch") if getattr(self, name)]
         persistent = [f"p{self.programs_per_sm}"] if self.programs_per_sm > 1 else []
         return " ".join([blocks, f"w{self.num_warps}", f"s{self.num_stages}", *persistent, *flags])
 
@@ -76,7 +77,9 @@ def gemm_config(problem: Conv1dProblem, device: Device) -> Config:
     nlc = problem.layout == "NLC" or copy_to_nlc
     BLOCK_N = min(128, max(16, ceil_pow2(problem.C_out_per_group)))
     config = (
-        _tile_32bit(problem, BLOCK_N, nlc, tap_major) if problem.dtype.itemsize == 4 else _tile_16bit(BLOCK_N, nlc, tap_major)
+        _tile_32bit(problem, BLOCK_N, nlc, tap_major)
+        if problem.dtype.itemsize == 4
+        else _tile_16bit(problem, BLOCK_N, nlc, tap_major)
     )
     if min(problem.C_in_per_group, problem.C_out_per_group) >= 256:
         config = _compute_bound_tile(problem, config)
@@ -110,14 +113,18 @@ def _tile_32bit(problem: Conv1dProblem, BLOCK_N: int, nlc: bool, tap_major: bool
     return Config(BLOCK_M, BLOCK_N, 16 if tap_major else 32, num_warps=4, num_stages=4)
 
 
-def _tile_16bit(BLOCK_N: int, nlc: bool, tap_major: bool) -> Config:
+def _tile_16bit(problem: Conv1dProblem, BLOCK_N: int, nlc: bool, tap_major: bool) -> Config:
     if nlc:
         # p28 256x64x64 w8 0.299, 128x64x64 w4 0.340
         return Config(256 if BLOCK_N == 64 else 128, BLOCK_N, 64, num_warps=8 if BLOCK_N >= 64 else 4, num_stages=3)
     if not tap_major:
-        # p11 128x128x16 w8 0.255, w4 0.280; x_dna 128x128x64 2.01, 128x128x32 2.28
-        return Config(128, BLOCK_N, 64, num_warps=8 if BLOCK_N == 128 else 4, num_stages=3)
-    # an NCL tile is gathered 2 bytes at a time: s_seed_bf16 128x128x32 w4 1.34, 128x128x64 w8 1.43
+        # p11 128x128x16 w8 0.264, w4 0.276; x_dna 128x128x64 w4 0.526, w8 0.617
+        wide = BLOCK_N == 128 and problem.C_in_per_group * problem.K <= 32
+        return Config(128, BLOCK_N, 64, num_warps=8 if wide else 4, num_stages=3)
+    # an NCL tile is gathered 2 bytes at a time
+    if BLOCK_N == 128 and problem.stride > 1 and problem.C_in_per_group >= 64 and not problem.transposed:
+        # s_seed_bf16 with prefetch 1.31, without 128x128x32 s2 1.33, s3 1.35
+        return Config(128, BLOCK_N, 64, num_warps=4, num_stages=2, prefetch=True)
     if BLOCK_N <= 32:
         # x_hifi32_bf16 256x32x16 0.380, 128x32x32 0.511
         return Config(256, BLOCK_N, 16, num_warps=4, num_stages=3)

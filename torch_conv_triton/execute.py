@@ -1,13 +1,32 @@
-"""Runs a convolution by its plan: allocates the output, calls the kernel's launcher or aten."""
+"""Runs a convolution by its plan: allocates the output, calls the kernel's launcher, repeats its launches, or calls aten."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torch_conv_triton import dispatch
 from torch_conv_triton.dispatch import Plan
-from torch_conv_triton.problem import Conv1dProblem
+from torch_conv_triton.problem import Conv1dProblem, check_arguments, current_precision
+
+if TYPE_CHECKING:
+    from torch_conv_triton.kernels.launch import Recording
+
+
+@dataclass(slots=True)
+class _Call:
+    """What is decided by everything of a call but its values and addresses. `recording`: its launches, once they were made."""
+
+    problem: Conv1dProblem
+    plan: Plan
+    recording: Recording | None = None
+
+
+_MAX_CALLS = 4096
+_calls: dict[tuple, _Call] = {}
 
 
 def forward(
@@ -21,30 +40,69 @@ def forward(
     transposed: bool = False,
     output_padding: int = 0,
 ) -> Tensor:
-    """The (transposed) convolution of x ``(N, C_in, L_in)``: ``(N, C_out, L_out)``, contiguous. Arguments are already checked."""
-    problem = Conv1dProblem.from_tensors(x, weight, bias, stride, padding, dilation, groups, transposed, output_padding)
-    plan = dispatch.plan(problem, dispatch.device_for(x.device))
-    return forward_with(plan, problem, x, weight, bias)
+    """The (transposed) convolution of x ``(N, C_in, L_in)``: ``(N, C_out, L_out)``, contiguous. Raises as `check_arguments` does.
+
+    A call like an earlier one is neither checked nor planned again, and its launches are repeated from a recording.
+    """
+    geometry = stride, padding, dilation, groups, transposed, output_padding
+    key = geometry, current_precision(x.dtype), _signature(x), _signature(weight), bias is not None and _signature(bias)
+    call = _calls.get(key)
+    if call is None:
+        check_arguments(x, weight, bias, *geometry)
+        problem = Conv1dProblem.from_tensors(x, weight, bias, *geometry)
+        call = _Call(problem, dispatch.plan(problem, dispatch.device_for(x.device)))
+        if len(_calls) >= _MAX_CALLS:
+            _calls.clear()
+        _calls[key] = call
+    if call.plan.is_aten:
+        return _aten(call.problem, x, weight, bias)
+    return _run(call, x, weight, bias)
+
+
+def _signature(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
 
 
 def forward_with(plan: Plan, problem: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run one given plan of `dispatch.candidates`, or aten."""
-    p = problem
-    if plan.is_aten:
-        # a device that computes convolutions in another layout returns it in that layout
-        return torch.ops.aten.convolution(
-            x, weight, bias, [p.stride], [p.padding], [p.dilation], p.transposed, [p.output_padding], p.groups
-        ).contiguous()
+    return _aten(problem, x, weight, bias) if plan.is_aten else _run(_Call(problem, plan), x, weight, bias)
+
+
+def _aten(p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # a device that computes convolutions in another layout returns it in that layout
+    return torch.ops.aten.convolution.default(
+        x, weight, bias, [p.stride], [p.padding], [p.dilation], p.transposed, [p.output_padding], p.groups
+    ).contiguous()
+
+
+def _run(call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    p = call.problem
     if bias is not None:
         bias = bias.contiguous()
     y = x.new_empty((p.N, p.C_out, p.L_out))
-    if x.is_cuda:
+    if not x.is_cuda:
+        _launch(call.plan, p, x, weight, bias, y)
+    elif x.get_device() == torch.cuda.current_device():
+        _launch_or_repeat(call, x, weight, bias, y)
+    else:
         # Triton launches on the current device
         with torch.cuda.device(x.device):
-            _launch(plan, p, x, weight, bias, y)
-    else:
-        _launch(plan, p, x, weight, bias, y)
+            _launch_or_repeat(call, x, weight, bias, y)
     return y
+
+
+def _launch_or_repeat(call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    recording = call.recording
+    if recording is None:
+        from torch_conv_triton.kernels.launch import Recording
+
+        with Recording(x, weight, bias, y) as recording:
+            _launch(call.plan, call.problem, x, weight, bias, y)
+        call.recording = recording
+    elif recording.repeatable:
+        recording.repeat(x, weight, bias, y)
+    else:
+        _launch(call.plan, call.problem, x, weight, bias, y)
 
 
 def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:

@@ -8,7 +8,18 @@ import torch.nn.functional as F
 
 import torch_conv_triton
 from torch_conv_triton import dispatch, execute, reference
-from torch_conv_triton.testing import CASES, LAYOUTS, Case, check_case, float32_precision, make_inputs, random_cases
+from torch_conv_triton.problem import current_precision
+from torch_conv_triton.testing import (
+    CASES,
+    LAYOUTS,
+    Case,
+    assert_within_budget,
+    check_case,
+    float32_precision,
+    make_inputs,
+    poisoned_allocations,
+    random_cases,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -98,6 +109,22 @@ def test_runs_on_the_current_stream_and_in_a_cuda_graph(case):
         beside = conv(late, weight, bias)
     stream.synchronize()
     assert torch.equal(beside, y)
+
+
+@pytest.mark.parametrize("layout", ["NCL", "NLC"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
+def test_a_repeated_call_computes_what_it_is_given(case, dtype, layout, monkeypatch):
+    monkeypatch.setattr(dispatch, "faster_in_aten", lambda problem: None)
+    monkeypatch.setattr(execute, "_calls", {})
+    dispatch.plan.cache_clear()
+    conv = case.operator(torch_conv_triton)
+    for seed in range(3):
+        x, weight, bias = make_inputs(case, dtype, layout, "cuda", seed=seed)
+        with poisoned_allocations():
+            y = conv(x, weight, bias)
+        assert_within_budget(y, reference.conv1d(x, weight, bias, *case.geometry), current_precision(dtype))
+    dispatch.plan.cache_clear()
 
 
 def test_a_thread_of_its_own_can_launch_every_kernel():

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torch_conv_triton.kernels.launch import launch, workspace
+
 # beyond it offsets are computed in 64 bits; the margin is for what a tile computes past the end before it masks it
 OFFSET_LIMIT = 2**31 - 2**20
 
@@ -118,6 +120,24 @@ def load_x_tile(
 
 
 @triton.jit
+def prefetch_rows(x_ptr, first, span, L_in, stride_xc, C_IN: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr):
+    """Ask for positions first .. first + span of C_IN contiguous rows of x, so that L2 has them when they are gathered.
+
+    Loads narrower than 4 bytes are not pipelined, so each would wait for the memory. CHANNELS >= C_IN and LINES, of 128 bytes
+    and enough for the span, are powers of two.
+    """
+    LINE: tl.constexpr = 1024 // x_ptr.dtype.element_ty.primitive_bitwidth
+    c = tl.minimum(tl.arange(0, CHANNELS), C_IN - 1)
+    at = first + tl.minimum(tl.arange(0, LINES) * LINE, span)
+    at = tl.minimum(tl.maximum(at, 0), L_in - 1)
+    pointers = x_ptr + ((c * stride_xc)[:, None] + at[None, :])
+    if not INTERPRET:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def load_w_tile(
     w_ptr,
     o,
@@ -155,17 +175,15 @@ def store_tile(
     """Add the bias in float32, round once, store the tile."""
     o_mask = o < C_OUT
     o_offsets = widen(o, INT64) * stride_yc
-    bias = tl.zeros(o.shape, tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(b_ptr + o, mask=o_mask, other=0.0).to(tl.float32)
     if WEIGHTS_LEFT:
         offsets = (at * stride_yl)[None, :] + o_offsets[:, None]
         mask = o_mask[:, None] & row_mask[None, :]
-        acc += bias[:, None]
     else:
         offsets = (at * stride_yl)[:, None] + o_offsets[None, :]
         mask = row_mask[:, None] & o_mask[None, :]
-        acc += bias[None, :]
+    if HAS_BIAS:
+        bias = tl.load(b_ptr + o, mask=o_mask, other=0.0).to(tl.float32)
+        acc += bias[:, None] if WEIGHTS_LEFT else bias[None, :]
     tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -264,10 +282,20 @@ def pack_weight_kernel(
 def pack_weight(weight: Tensor, tap_major: bool, rounded: bool) -> Tensor:
     """The weight ``(C_out, C_in / groups, K)`` as a matrix ``(C_out, R)`` in reduction order, TF32-rounded if `rounded`."""
     C_out, C_in, K = weight.shape
-    packed = torch.empty((C_out, C_in * K), dtype=weight.dtype, device=weight.device)
+    packed = workspace((C_out, C_in * K), dtype=weight.dtype, device=weight.device)
     block = 1024
-    pack_weight_kernel[(triton.cdiv(packed.numel(), block),)](
-        weight, packed, packed.numel(), *weight.stride(), C_IN=C_in, K=K, TAP_MAJOR=tap_major, ROUND=rounded, BLOCK=block
+    launch(
+        pack_weight_kernel,
+        (triton.cdiv(packed.numel(), block),),
+        weight,
+        packed,
+        packed.numel(),
+        *weight.stride(),
+        C_IN=C_in,
+        K=K,
+        TAP_MAJOR=tap_major,
+        ROUND=rounded,
+        BLOCK=block,
     )
     return packed
 

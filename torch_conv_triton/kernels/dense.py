@@ -11,10 +11,12 @@ from torch_conv_triton.kernels.common import (
     dot_precision,
     implicit_gemm,
     needs_int64,
+    prefetch_rows,
     store_tile,
     weight_matrix,
     widen,
 )
+from torch_conv_triton.kernels.launch import launch
 
 
 @triton.jit(do_not_specialize=["N", "tiles_m", "tiles_n"])
@@ -50,6 +52,8 @@ def conv1d_dense_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     WEIGHTS_LEFT: tl.constexpr,
     INT64: tl.constexpr,
+    PREFETCH_CHANNELS: tl.constexpr,
+    PREFETCH_LINES: tl.constexpr,  # 0: do not prefetch
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -77,9 +81,14 @@ def conv1d_dense_fwd_kernel(
         x_rows = x_ptr + sample.to(tl.int64) * stride_xn
         y_rows = y_ptr + sample.to(tl.int64) * stride_yn
     o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_rows += widen(group, INT64) * C_IN * stride_xc
+    if PREFETCH_LINES:
+        first = tile_m * BLOCK_M * stride - padding
+        span = (BLOCK_M - 1) * stride + (K - 1) * dilation
+        prefetch_rows(x_rows, first, span, L_in, stride_xc, C_IN, PREFETCH_CHANNELS, PREFETCH_LINES)
 
     acc = implicit_gemm(
-        x_rows + widen(group, INT64) * C_IN * stride_xc,
+        x_rows,
         w_ptr + group * C_OUT * stride_wo,
         l_out * stride - padding,
         row_mask,
@@ -134,7 +143,7 @@ def conv1d_dense(
 ) -> None:
     """Write the convolution of x ``(N, C_in, L_in)`` with weight ``(C_out, C_in / groups, K)`` into y ``(N, C_out, L_out)``.
 
-    Any strides. `config` holds BLOCK_M, BLOCK_N, BLOCK_K, tap_major, weights_left, num_warps, num_stages.
+    Any strides. `config` holds BLOCK_M, BLOCK_N, BLOCK_K, tap_major, weights_left, prefetch, num_warps, num_stages.
     """
     N, _, L_in = x.shape
     _, C_out, L_out = y.shape
@@ -142,9 +151,15 @@ def conv1d_dense(
     w, stride_wo, rounded = weight_matrix(weight, config.tap_major, tf32)
     flatten = N > 1 and L_out < config.BLOCK_M and N * L_out <= OFFSET_LIMIT
     rows = N * L_out if flatten else L_out
+    prefetch_lines = 0
+    if config.prefetch and x.stride(2) == 1 and not flatten and not needs_int64(x):
+        span = (config.BLOCK_M - 1) * stride + (K - 1) * dilation + 1
+        prefetch_lines = triton.next_power_of_2(triton.cdiv(span * x.element_size(), 128) + 1)
     tiles_m = triton.cdiv(rows, config.BLOCK_M)
     tiles_n = triton.cdiv(C_out // groups, config.BLOCK_N)
-    conv1d_dense_fwd_kernel[(tiles_n * groups * tiles_m * (1 if flatten else N),)](
+    launch(
+        conv1d_dense_fwd_kernel,
+        (tiles_n * groups * tiles_m * (1 if flatten else N),),
         x,
         w,
         bias if bias is not None else w,
@@ -172,6 +187,8 @@ def conv1d_dense(
         HAS_BIAS=bias is not None,
         WEIGHTS_LEFT=config.weights_left,
         INT64=needs_int64(x, y),
+        PREFETCH_CHANNELS=triton.next_power_of_2(C_in),
+        PREFETCH_LINES=prefetch_lines,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

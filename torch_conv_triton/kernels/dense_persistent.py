@@ -22,6 +22,7 @@ from torch_conv_triton.kernels.common import (
     weight_matrix,
     widen,
 )
+from torch_conv_triton.kernels.launch import launch
 
 
 @triton.jit(do_not_specialize=["tiles_m", "tiles"])
@@ -149,7 +150,9 @@ def conv1d_dense_persistent(
     tiles_m = triton.cdiv(L_out, config.BLOCK_M)
     columns = triton.cdiv(C_out // groups, config.BLOCK_N) * groups
     workers = min(max(programs // columns, 1), tiles_m * N)
-    conv1d_dense_persistent_fwd_kernel[(workers * columns,)](
+    launch(
+        conv1d_dense_persistent_fwd_kernel,
+        (workers * columns,),
         x,
         w,
         bias if bias is not None else w,

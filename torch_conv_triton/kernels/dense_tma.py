@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, store_tile, weight_matrix, widen
+from torch_conv_triton.kernels.launch import launch
 
 
 @triton.jit(do_not_specialize=["tiles_m", "tiles_n"])
@@ -116,7 +117,9 @@ def conv1d_dense_tma(
     w_desc = TensorDescriptor(w, [C_out, K * C_in], [stride_wo, 1], [config.BLOCK_N, config.BLOCK_K])
     tiles_m = triton.cdiv(L_out, config.BLOCK_M)
     tiles_n = triton.cdiv(C_out // groups, config.BLOCK_N)
-    conv1d_dense_tma_fwd_kernel[(tiles_n * groups * tiles_m * N,)](
+    launch(
+        conv1d_dense_tma_fwd_kernel,
+        (tiles_n * groups * tiles_m * N,),
         x_desc,
         w_desc,
         bias if bias is not None else w,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import needs_int64, round_tf32, widen
+from torch_conv_triton.kernels.launch import launch, workspace
 
 
 @triton.jit(do_not_specialize=["tiles_c", "tiles_l"])
@@ -60,7 +61,7 @@ def channels_last_copy(x: Tensor, multiple: int = 1, rounded: bool = False) -> T
     """
     N, C, L = x.shape
     L_padded = triton.cdiv(L, multiple) * multiple
-    out = torch.empty((N, L_padded, C), dtype=x.dtype, device=x.device)
+    out = workspace((N, L_padded, C), dtype=x.dtype, device=x.device)
     pairs = x.element_size() == 2 and C % 2 == 0
     # bits are moved, not numbers, unless they are rounded
     source = x if rounded else x.view(torch.int16 if x.element_size() == 2 else torch.int32)
@@ -68,7 +69,9 @@ def channels_last_copy(x: Tensor, multiple: int = 1, rounded: bool = False) -> T
     block_c, block_l = (32, 64) if pairs else (64, 64)
     rows = target.shape[2]
     tiles_c, tiles_l = triton.cdiv(rows, block_c), triton.cdiv(L_padded, block_l)
-    ncl_to_nlc_kernel[(tiles_c * tiles_l * N,)](
+    launch(
+        ncl_to_nlc_kernel,
+        (tiles_c * tiles_l * N,),
         source,
         target,
         rows,

@@ -1,0 +1,96 @@
+"""Recorded launches: what a repeated call launches, on which addresses, and when a call cannot be repeated."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from torch_conv_triton.kernels import launch as launching
+from torch_conv_triton.kernels.launch import Recording, launch, workspace
+
+
+class Kernel:
+    """Stands for a Triton kernel: keeps what it was launched with, first bound, then compiled."""
+
+    arg_names = ("x_ptr", "w_ptr", "n", "y_ptr", "BLOCK")
+
+    def __init__(self):
+        self.bound, self.compiled = [], []
+
+    def __getitem__(self, grid):
+        def run(*args, **keywords):
+            self.bound.append((grid, args, keywords))
+            return Compiled(self)
+
+        return run
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *args, stream: self.kernel.compiled.append((grid, args, stream))
+
+
+@pytest.fixture(autouse=True)
+def stream_7(monkeypatch):
+    monkeypatch.setattr(launching, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 7)))
+
+
+def record(kernel, x, w, y, *, n=5):
+    with Recording(x, w, y) as recording:
+        launch(kernel, (3,), x, w[1:], n, y, BLOCK=64, num_warps=4)
+    return recording
+
+
+def test_a_launch_is_made_once_while_it_is_recorded():
+    kernel = Kernel()
+    x, w, y = torch.empty(8), torch.empty(8), torch.empty(8)
+    recording = record(kernel, x, w, y)
+    assert recording.repeatable and not kernel.compiled
+    (((grid, args, keywords)),) = kernel.bound
+    assert (grid, args[2], keywords) == ((3,), 5, {"BLOCK": 64, "num_warps": 4})
+
+
+def test_a_repeated_call_runs_on_the_new_addresses():
+    kernel = Kernel()
+    recording = record(kernel, torch.empty(8), torch.empty(8), torch.empty(8))
+    x, w, y = torch.empty(8), torch.empty(8), torch.empty(8)
+    recording.repeat(x, w, y)
+    # the weight was passed from its second element on; num_warps is no argument of the kernel
+    assert kernel.compiled == [((3, 1, 1), (x.data_ptr(), w.data_ptr() + 4, 5, y.data_ptr(), 64), 7)]
+    assert len(kernel.bound) == 1
+
+
+def test_a_workspace_is_allocated_anew(monkeypatch):
+    kernel = Kernel()
+    x, y = torch.empty(8), torch.empty(8)
+    with Recording(x, y) as recording:
+        space = workspace((16,), torch.float32, x.device)
+        launch(kernel, (1, 2), x, space.view(4, 4), 5, y, BLOCK=64)
+    fresh = torch.empty(16)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: fresh)
+    recording.repeat(x, y)
+    assert kernel.compiled == [((1, 2, 1), (x.data_ptr(), fresh.data_ptr(), 5, y.data_ptr(), 64), 7)]
+
+
+def test_nothing_is_noted_outside_a_recording():
+    kernel = Kernel()
+    recording = record(kernel, torch.empty(8), torch.empty(8), torch.empty(8))
+    launch(kernel, (9,), torch.empty(8), torch.empty(8), 5, torch.empty(8), BLOCK=64)
+    recording.repeat(torch.empty(8), torch.empty(8), torch.empty(8))
+    assert [grid for grid, _, _ in kernel.compiled] == [(3, 1, 1)]
+
+
+@pytest.mark.parametrize("what", ["an argument from elsewhere", "tensors that share memory"])
+def test_a_call_that_cannot_be_repeated_says_so(what):
+    kernel = Kernel()
+    x, y = torch.empty(8), torch.empty(8)
+    if what == "an argument from elsewhere":
+        with Recording(x, None, y) as recording:
+            launch(kernel, (3,), x, torch.empty(8), 5, y, BLOCK=64)
+    else:
+        recording = record(kernel, x, x, y)
+    assert not recording.repeatable
+    assert len(kernel.bound) == 1
