@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import needs_int64, store_tile, widen
+from torch_conv_triton.kernels.launch import launch
 
 
 @triton.jit(do_not_specialize=["tiles_l", "tiles_c"])
@@ -106,7 +107,9 @@ def conv1d_depthwise(
     step = stride // common if transposed else 1
     tiles_l = triton.cdiv(L_out, config.BLOCK_M)
     tiles_c = triton.cdiv(C_out, config.BLOCK_N)
-    conv1d_depthwise_fwd_kernel[(tiles_l * tiles_c * N,)](
+    launch(
+        conv1d_depthwise_fwd_kernel,
+        (tiles_l * tiles_c * N,),
         x,
         weight,
         bias if bias is not None else weight,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from math import gcd
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import dot_precision, implicit_gemm, needs_int64, round_tf32, store_tile, widen
+from torch_conv_triton.kernels.launch import launch, workspace
 
 
 @triton.jit
@@ -195,14 +195,25 @@ def conv1d_transposed(
         "TAP_INVERSE": pow(dilation // common, -1, step) if step > 1 else 0,
         "TAP_MAJOR": config.tap_major,
     }
-    packed = torch.empty((stride, C_out, C_in * phase_taps), dtype=weight.dtype, device=weight.device)
+    packed = workspace((stride, C_out, C_in * phase_taps), dtype=weight.dtype, device=weight.device)
     block = 1024
-    pack_phases_kernel[(triton.cdiv(packed.numel(), block),)](
-        weight, packed, packed.numel(), C_out // groups, *weight.stride(), **phases, ROUND=tf32, BLOCK=block
+    launch(
+        pack_phases_kernel,
+        (triton.cdiv(packed.numel(), block),),
+        weight,
+        packed,
+        packed.numel(),
+        C_out // groups,
+        *weight.stride(),
+        **phases,
+        ROUND=tf32,
+        BLOCK=block,
     )
     tiles_m = triton.cdiv((L_out - 1 + padding) // stride - padding // stride + 1, config.BLOCK_M)
     tiles_n = triton.cdiv(C_out // groups, config.BLOCK_N)
-    conv1d_transposed_fwd_kernel[(tiles_n * stride * groups * tiles_m * N,)](
+    launch(
+        conv1d_transposed_fwd_kernel,
+        (tiles_n * stride * groups * tiles_m * N,),
         x,
         packed,
         bias if bias is not None else packed,
