@@ -2,19 +2,20 @@
 
 The four operators are closed under differentiation, so double backward and compiled backward graphs use them too:
 ``conv1d``, ``conv_transpose1d``, ``conv1d_input_grad``, ``conv1d_weight_grad``. Every output is contiguous. How a
-convolution is computed is decided below, in `execute`.
+convolution is computed is decided below, in `execute` and `gradients`.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
 
-from torch_conv_triton import execute, vmap
+from torch_conv_triton import execute, gradients, vmap
 from torch_conv_triton.problem import check_arguments, output_length, single
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -47,7 +48,6 @@ _any_requires_grad = torch._C._any_requires_grad
 
 def _conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     stride, padding, dilation = _geometry(stride, padding, dilation)
-    check_arguments(input, weight, bias, stride, padding, dilation, groups)
     if input.is_complex():
         return _aten.conv1d.default(input, weight, bias, [stride], [padding], [dilation], groups)
     return execute.forward(input, weight, bias, stride, padding, dilation, groups, False, 0)
@@ -65,7 +65,6 @@ def _conv1d_fake(input, weight, bias=None, stride=1, padding=0, dilation=1, grou
 def _conv_transpose1d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
     stride, padding, dilation = _geometry(stride, padding, dilation)
     output_padding = single(output_padding, "output_padding")
-    check_arguments(input, weight, bias, stride, padding, dilation, groups, True, output_padding)
     if input.is_complex():
         return _aten.conv_transpose1d.default(input, weight, bias, [stride], [padding], [output_padding], groups, [dilation])
     return execute.forward(input, weight, bias, stride, padding, dilation, groups, True, output_padding)
@@ -79,9 +78,13 @@ def _conv_transpose1d_fake(input, weight, bias=None, stride=1, padding=0, output
     return input.new_empty((input.shape[0], weight.shape[1] * groups, length))
 
 
-def _conv1d_input_grad(grad_output, weight, input_length, stride=1, padding=0, dilation=1, groups=1):
-    input = _placeholder(grad_output, (grad_output.shape[0], weight.shape[1] * groups, input_length))
-    return _aten_backward(grad_output, input, weight, stride, padding, dilation, groups, 0)
+def _conv1d_input_grad(
+    grad_output, weight, input_length, stride=1, padding=0, dilation=1, groups=1, *, compute=gradients.input_grad
+):
+    geometry = _geometry(stride, padding, dilation)
+    input = _sizes(grad_output, (grad_output.shape[0], weight.shape[1] * groups, input_length))
+    _check_backward(grad_output, input, weight, *geometry, groups)
+    return compute(grad_output, weight, input_length, *geometry, groups)
 
 
 def _conv1d_input_grad_fake(grad_output, weight, input_length, stride=1, padding=0, dilation=1, groups=1):
@@ -90,9 +93,13 @@ def _conv1d_input_grad_fake(grad_output, weight, input_length, stride=1, padding
     return input
 
 
-def _conv1d_weight_grad(grad_output, input, kernel_size, stride=1, padding=0, dilation=1, groups=1):
-    weight = _placeholder(grad_output, (grad_output.shape[1], input.shape[1] // groups, kernel_size))
-    return _aten_backward(grad_output, input, weight, stride, padding, dilation, groups, 1)
+def _conv1d_weight_grad(
+    grad_output, input, kernel_size, stride=1, padding=0, dilation=1, groups=1, *, compute=gradients.weight_grad
+):
+    geometry = _geometry(stride, padding, dilation)
+    weight = _sizes(grad_output, (grad_output.shape[1], input.shape[1] // groups, kernel_size))
+    _check_backward(grad_output, input, weight, *geometry, groups)
+    return compute(grad_output, input, kernel_size, *geometry, groups)
 
 
 def _conv1d_weight_grad_fake(grad_output, input, kernel_size, stride=1, padding=0, dilation=1, groups=1):
@@ -105,8 +112,8 @@ def _geometry(stride, padding, dilation):
     return single(stride, "stride"), single(padding, "padding"), single(dilation, "dilation")
 
 
-def _placeholder(like: Tensor, shape) -> Tensor:
-    # aten reads only the sizes of the operand whose gradient is asked for
+def _sizes(like: Tensor, shape) -> Tensor:
+    # stands for the operand whose gradient is asked for
     return like.new_empty(()).expand(shape)
 
 
@@ -121,16 +128,6 @@ def _check_backward(grad_output, input, weight, stride, padding, dilation, group
             size == wanted,
             lambda: f"Expected grad_output of size {list(expected)}, but got grad_output of size {list(grad_output.shape)}",
         )
-
-
-def _aten_backward(grad_output, input, weight, stride, padding, dilation, groups, which):
-    stride, padding, dilation = _geometry(stride, padding, dilation)
-    _check_backward(grad_output, input, weight, stride, padding, dilation, groups)
-    mask = [which == 0, which == 1, False]
-    gradients = _aten.convolution_backward.default(
-        grad_output, input, weight, None, [stride], [padding], [dilation], False, [0], groups, mask
-    )
-    return gradients[which].contiguous()
 
 
 for _name, _kernel, _fake in (
@@ -272,12 +269,14 @@ def _conv_transpose1d_autograd(input, weight, bias=None, stride=1, padding=0, ou
 
 def _conv1d_input_grad_autograd(grad_output, weight, input_length, stride=1, padding=0, dilation=1, groups=1):
     args = grad_output, weight, input_length, stride, padding, dilation, groups
-    return differentiable(Conv1dInputGrad, conv1d_input_grad, _conv1d_input_grad, *args)
+    composite = partial(_conv1d_input_grad, compute=gradients.aten_input_grad)
+    return differentiable(Conv1dInputGrad, conv1d_input_grad, composite, *args)
 
 
 def _conv1d_weight_grad_autograd(grad_output, input, kernel_size, stride=1, padding=0, dilation=1, groups=1):
     args = grad_output, input, kernel_size, stride, padding, dilation, groups
-    return differentiable(Conv1dWeightGrad, conv1d_weight_grad, _conv1d_weight_grad, *args)
+    composite = partial(_conv1d_weight_grad, compute=gradients.aten_weight_grad)
+    return differentiable(Conv1dWeightGrad, conv1d_weight_grad, composite, *args)
 
 
 _library.impl("conv1d", _conv1d_autograd, "Autograd")

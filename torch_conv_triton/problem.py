@@ -79,7 +79,7 @@ class Conv1dProblem:
             x_strides=x.stride(),
             w_strides=weight.stride(),
             y_strides=contiguous_strides(C_out, L_out),
-            aligned=_aligned(x) and _aligned(weight),
+            aligned=starts_aligned(x) and starts_aligned(weight),
         )
 
     @property
@@ -163,7 +163,8 @@ class Conv1dProblem:
         return " ".join([*parts, dtype_name(self.dtype), self.layout])
 
 
-def _aligned(tensor: Tensor) -> bool:
+def starts_aligned(tensor: Tensor) -> bool:
+    """Whether a tensor starts on 16 bytes."""
     # allocators align storages far beyond 16 bytes, so the offset decides, for fake tensors too
     return tensor.storage_offset() * tensor.element_size() % 16 == 0
 

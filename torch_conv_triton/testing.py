@@ -177,6 +177,14 @@ def make_inputs(
     return x, weight, bias
 
 
+def make_grad_output(
+    case: Case, dtype: torch.dtype, layout: str = "NCL", device: torch.device | str = "cpu", seed: int = 1
+) -> Tensor:
+    """A random gradient of a case's output, ``(N, C_out, L_out)``, sliced out of a larger buffer of NaN in this layout."""
+    generator = torch.Generator().manual_seed(seed)
+    return in_nan_buffer(torch.randn(case.output_shape, generator=generator).to(device=device, dtype=dtype), layout)
+
+
 def in_nan_buffer(tensor: Tensor, layout: str = "NCL") -> Tensor:
     """The same values as a slice of a larger buffer of NaN, in a layout: "NCL", "NLC" (three dimensions) or "strided"."""
     order = (0, 2, 1) if layout == "NLC" else range(tensor.dim())
@@ -232,6 +240,13 @@ def check_case(case: Case, run, dtype: torch.dtype, layout: str = "NCL", device:
     expected = reference.conv1d(x, weight, bias, *case.geometry)
     assert_within_budget(y, expected, case.problem(x, weight, bias).precision)
     return y
+
+
+def expected_gradients(case: Case, x: Tensor, weight: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight in float64, by differentiating the reference."""
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight)]
+    y = reference.conv1d(*leaves, None, *case.geometry)
+    return torch.autograd.grad(y, leaves, grad_output.double())
 
 
 @contextmanager

@@ -1,0 +1,209 @@
+"""Every gradient kernel in Triton's interpreter against float64: geometries, layouts, dtypes, splits, memory full of NaN."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from torch_conv_triton import dispatch_gradients, gradients
+from torch_conv_triton.configs import INTERPRETER
+from torch_conv_triton.problem import contiguous_strides
+from torch_conv_triton.testing import (
+    CASES,
+    LAYOUTS,
+    Case,
+    assert_within_budget,
+    expected_gradients,
+    float32_precision,
+    make_grad_output,
+    make_inputs,
+    poisoned_allocations,
+    random_cases,
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+PLAIN = [case for case in CASES if not case.transposed]
+MANY_POSITIONS = (
+    Case("dense_many_positions", 3, 20, 2100, 24, 5, stride=2, padding=3),
+    Case("grouped_many_positions", 2, 32, 3000, 32, 3, padding=1, groups=2),
+    Case("depthwise_many_positions", 2, 20, 3000, 20, 7, padding=3, groups=20),
+    Case("depthwise_short_and_many", 300, 20, 6, 20, 4, padding=3, groups=20),
+    Case("dense_short_and_many", 300, 20, 6, 20, 3, padding=1),
+)
+
+
+def named(*names: str) -> list[Case]:
+    return [case for case in CASES if case.name in names]
+
+
+def geometry(case: Case) -> tuple[int, int, int, int]:
+    return case.stride, case.padding, case.dilation, case.groups
+
+
+def input_grads(case: Case, weight, grad_output):
+    """(plan, gradient of the input) by every plan that may compute it."""
+    problem = dispatch_gradients.input_grad_problem(grad_output, weight, case.L_in, *geometry(case))
+    for plan in dispatch_gradients.input_grad_candidates(problem, INTERPRETER):
+        with poisoned_allocations():
+            yield plan, gradients.input_grad_with(plan, problem, grad_output, weight)
+
+
+def weight_grads(case: Case, x, grad_output):
+    """(plan, gradient of the weight) by every plan that may compute it."""
+    problem = dispatch_gradients.weight_grad_problem(grad_output, x, case.K, *geometry(case))
+    for plan in dispatch_gradients.weight_grad_candidates(problem, INTERPRETER):
+        with poisoned_allocations():
+            yield plan, gradients.weight_grad_with(plan, problem, grad_output, x)
+
+
+def check(case: Case, dtype: torch.dtype, layout: str = "NCL", grad_layout: str = "NCL") -> set[str]:
+    """Compare all plans of both gradients with float64; the names of the kernels."""
+    x, weight, _ = make_inputs(case, dtype, layout)
+    grad_output = make_grad_output(case, dtype, grad_layout)
+    expected_x, expected_weight = expected_gradients(case, x, weight, grad_output)
+    precision = case.problem(x, weight, None).precision
+    kernels = set()
+    for plan, grad_x in input_grads(case, weight, grad_output):
+        assert grad_x.is_contiguous() and grad_x.dtype == dtype
+        assert_within_budget(grad_x, expected_x, precision)
+        kernels.add(plan.kernel)
+    for plan, grad_weight in weight_grads(case, x, grad_output):
+        assert grad_weight.is_contiguous() and grad_weight.dtype == dtype
+        assert_within_budget(grad_weight, expected_weight, precision)
+        kernels.add(plan.kernel)
+    return kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_geometries(case, layout, dtype):
+    assert bool(check(case, dtype, layout, layout)) == (case.N > 0)
+
+
+@pytest.mark.parametrize("case", [case for case in random_cases(60, seed=23) if not case.transposed], ids=str)
+def test_random_geometries(case):
+    # the case's number picks the combination, so that all of them come up
+    index = int(case.name.rpartition("_")[2])
+    assert check(case, DTYPES[index % 3], LAYOUTS[index // 3 % 3], LAYOUTS[index // 9 % 3])
+
+
+@pytest.mark.parametrize("layouts", [("NCL", "NLC"), ("NLC", "NCL")], ids=str)
+@pytest.mark.parametrize("case", named("dense", "grouped", "depthwise", "strided"), ids=str)
+def test_the_gradient_s_layout_is_its_own(case, layouts):
+    assert check(case, torch.float32, *layouts)
+
+
+@pytest.mark.parametrize("case", named("dense", "strided", "depthwise", "grouped"), ids=str)
+def test_full_float32_where_the_switch_asks_for_it(case):
+    with float32_precision("ieee"):
+        check(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["NCL", "NLC"])
+@pytest.mark.parametrize("case", MANY_POSITIONS, ids=str)
+def test_many_positions(case, layout, dtype):
+    assert check(case, dtype, layout, layout)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("case", MANY_POSITIONS, ids=str)
+def test_any_number_of_splits_gives_the_gradient(case, splits):
+    x, weight, _ = make_inputs(case, torch.float32)
+    grad_output = make_grad_output(case, torch.float32)
+    _, expected = expected_gradients(case, x, weight, grad_output)
+    problem = dispatch_gradients.weight_grad_problem(grad_output, x, case.K, *geometry(case))
+    for plan in dispatch_gradients.weight_grad_candidates(problem, INTERPRETER):
+        plan = replace(plan, config=replace(plan.config, splits=splits))
+        with poisoned_allocations():
+            first, second = (gradients.weight_grad_with(plan, problem, grad_output, x) for _ in range(2))
+        assert_within_budget(first, expected, "tf32")
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("grad_left", [False, True])
+@pytest.mark.parametrize("tap_major", [False, True])
+@pytest.mark.parametrize("case", named("odd_everything", "grouped_tiny", "several_tiles"), ids=str)
+def test_every_order_of_the_tile_gives_the_gradient(case, tap_major, grad_left, prefetch, dtype):
+    x, weight, _ = make_inputs(case, dtype)
+    grad_output = make_grad_output(case, dtype)
+    _, expected = expected_gradients(case, x, weight, grad_output)
+    problem = dispatch_gradients.weight_grad_problem(grad_output, x, case.K, *geometry(case))
+    plan = dispatch_gradients.weight_grad_candidates(problem, INTERPRETER)[0]
+    for BLOCK_C in (16, 64):
+        config = replace(plan.config, BLOCK_C=BLOCK_C, tap_major=tap_major, grad_left=grad_left, prefetch=prefetch)
+        actual = gradients.weight_grad_with(replace(plan, config=config), problem, grad_output, x)
+        assert_within_budget(actual, expected, problem.precision)
+
+
+@pytest.mark.parametrize("case", named("dense", "strided", "depthwise"), ids=str)
+def test_an_expanded_gradient_is_read_in_place(case):
+    x, weight, _ = make_inputs(case, torch.float32)
+    grad_output = torch.ones(()).expand(case.output_shape)
+    assert set(grad_output.stride()) == {0}
+    expected_x, expected_weight = expected_gradients(case, x, weight, grad_output)
+    for _, grad_x in input_grads(case, weight, grad_output):
+        assert_within_budget(grad_x, expected_x, "tf32")
+    for _, grad_weight in weight_grads(case, x, grad_output):
+        assert_within_budget(grad_weight, expected_weight, "tf32")
+
+
+@pytest.mark.parametrize("case", named("stride_above_K", "pointwise_strided"), ids=str)
+def test_what_the_stride_leaves_over_has_no_gradient(case):
+    _, weight, _ = make_inputs(case, torch.float32)
+    grad_output = make_grad_output(case, torch.float32)
+    reached = (case.output_shape[2] - 1) * case.stride - case.padding + case.dilation * (case.K - 1) + 1
+    assert reached < case.L_in
+    for _, grad_x in input_grads(case, weight, grad_output):
+        assert (grad_x[:, :, reached:] == 0).all() and (grad_x[:, :, :reached] != 0).any()
+
+
+@pytest.mark.parametrize("case", named("dense", "depthwise", "grouped"), ids=str)
+def test_a_non_finite_sample_stays_in_its_channel(case):
+    x, _, _ = make_inputs(case, torch.float32)
+    grad_output = make_grad_output(case, torch.float32)
+    x[0, 1, 20] = torch.nan
+    clean = torch.ones(case.weight_shape, dtype=torch.bool)
+    if case.groups == case.C_in:
+        clean[1] = False
+    else:
+        clean[: case.C_out // case.groups, 1] = False
+    for plan, grad_weight in weight_grads(case, x, grad_output):
+        assert torch.equal(grad_weight.isfinite(), clean), plan
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_the_table_reaches_every_kernel(case):
+    x, grad_output = make_inputs(case, torch.float32)[0], make_grad_output(case, torch.float32)
+    problem = dispatch_gradients.weight_grad_problem(grad_output, x, case.K, *geometry(case))
+    kernels = {plan.kernel for plan in dispatch_gradients.weight_grad_candidates(problem, INTERPRETER)}
+    depthwise = case.groups == case.C_in > 1
+    unit = case.stride == case.dilation == 1
+    assert ("weight_grad_depthwise" in kernels) == (depthwise and case.N > 0)
+    assert ("weight_grad_banded" in kernels) == (depthwise and unit and case.N > 0)
+    assert ("weight_grad" in kernels) == (not depthwise and case.N > 0)
+
+
+def test_operators_run_the_kernels():
+    (case,) = named("odd_everything")
+    leaves = [t.detach().clone().requires_grad_() for t in make_inputs(case, torch.float32)]
+    y = case.operator()(*leaves)
+    grad_output = make_grad_output(case, torch.float32)
+    with poisoned_allocations():
+        actual = torch.autograd.grad(y, leaves, grad_output)
+    for a, e in zip(actual, expected_gradients(case, *leaves[:2], grad_output), strict=False):
+        assert_within_budget(a, e, "tf32")
+    torch.testing.assert_close(actual[2], grad_output.sum((0, 2)))
+
+
+def test_the_workspace_is_bounded():
+    x = torch.empty(64, 1024, 100_000, device="meta")
+    grad_output = torch.empty(64, 1024, 99_998, device="meta")
+    problem = dispatch_gradients.weight_grad_problem(grad_output, x, 3, 1, 0, 1, 1)
+    (plan,) = dispatch_gradients.weight_grad_candidates(problem, INTERPRETER)
+    assert plan.config.splits > 1
+    assert plan.config.splits * 4 * 1024 * 1024 * 3 <= 2**26
+    assert problem.w_strides == contiguous_strides(1024, 3)

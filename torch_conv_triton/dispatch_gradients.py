@@ -1,0 +1,139 @@
+"""Which kernel computes a gradient, with which config, and why. Pure, as `dispatch` is.
+
+The gradient of the input is a convolution of its own: transposed, or plain with the taps reversed where the stride is 1, so the
+kernels of the forward compute it. The gradient of the weight has kernels of its own.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from torch import Tensor
+
+from torch_conv_triton import dispatch
+from torch_conv_triton.configs import Device
+from torch_conv_triton.configs_gradients import banded_weight_grad_config, depthwise_weight_grad_config, weight_grad_config
+from torch_conv_triton.dispatch import Plan, aten
+from torch_conv_triton.problem import (
+    INT32_MAX,
+    Conv1dProblem,
+    contiguous_strides,
+    current_precision,
+    output_length,
+    starts_aligned,
+)
+from torch_conv_triton.versus_aten_gradients import input_grad_faster_in_aten, weight_grad_faster_in_aten
+
+
+def input_grad_problem(
+    grad_output: Tensor, weight: Tensor, input_length: int, stride: int, padding: int, dilation: int, groups: int
+) -> Conv1dProblem:
+    """The convolution of grad_output ``(N, C_out, L_out)`` that is the gradient of the input ``(N, C_in, input_length)``.
+
+    At stride 1 it is plain, with the taps reversed (see `gradients.reversed_weight`), unless the padding is too wide for that;
+    else it is transposed, and what the forward left over at the end of the input is its output padding.
+    """
+    N, C_out, L_out = grad_output.shape
+    _, C_in_per_group, K = weight.shape
+    C_in, reach = C_in_per_group * groups, dilation * (K - 1)
+    transposed = stride > 1 or padding > reach
+    if transposed:
+        w_strides = weight.stride()
+        output_padding = input_length - output_length(L_out, K, stride, padding, dilation, True)
+    else:
+        w_strides, output_padding, padding = contiguous_strides(C_out // groups, K), 0, reach - padding
+    return Conv1dProblem(
+        N=N,
+        C_in=C_out,
+        L_in=L_out,
+        C_out=C_in,
+        K=K,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        transposed=transposed,
+        output_padding=output_padding,
+        has_bias=False,
+        dtype=grad_output.dtype,
+        precision=current_precision(grad_output.dtype),
+        x_strides=grad_output.stride(),
+        w_strides=w_strides,
+        y_strides=contiguous_strides(C_in, input_length),
+        aligned=starts_aligned(grad_output) and (starts_aligned(weight) or not transposed),
+    )
+
+
+def weight_grad_problem(
+    grad_output: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int, dilation: int, groups: int
+) -> Conv1dProblem:
+    """The convolution of x ``(N, C_in, L_in)`` whose output has the gradient grad_output ``(N, C_out, L_out)``, in y's place."""
+    N, C_in, L_in = x.shape
+    C_out = grad_output.shape[1]
+    return Conv1dProblem(
+        N=N,
+        C_in=C_in,
+        L_in=L_in,
+        C_out=C_out,
+        K=kernel_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        transposed=False,
+        output_padding=0,
+        has_bias=False,
+        dtype=x.dtype,
+        precision=current_precision(x.dtype),
+        x_strides=x.stride(),
+        w_strides=contiguous_strides(C_in // groups, kernel_size),
+        y_strides=grad_output.stride(),
+        aligned=starts_aligned(x) and starts_aligned(grad_output),
+    )
+
+
+@lru_cache(maxsize=4096)
+def plan_input_grad(problem: Conv1dProblem, device: Device | None) -> Plan:
+    """The plan of an `input_grad_problem` on this device. None stands for a device without kernels of ours."""
+    reason = _reason_for_aten(problem, device, input_grad_faster_in_aten)
+    return aten(reason) if reason else input_grad_candidates(problem, device)[-1]
+
+
+@lru_cache(maxsize=4096)
+def plan_weight_grad(problem: Conv1dProblem, device: Device | None) -> Plan:
+    """The plan of a `weight_grad_problem` on this device. None stands for a device without kernels of ours."""
+    reason = _reason_for_aten(problem, device, weight_grad_faster_in_aten)
+    return aten(reason) if reason else weight_grad_candidates(problem, device)[-1]
+
+
+def _reason_for_aten(problem: Conv1dProblem, device: Device | None, faster_in_aten) -> str | None:
+    if device is None:
+        return "no kernel of ours runs on this device"
+    reason = dispatch.refusal(problem)
+    if reason is None and device.compare_with_aten and max(problem.extents) <= INT32_MAX:
+        return faster_in_aten(problem)
+    return reason
+
+
+# every kernel family that can run a forward problem can run the same problem as a gradient
+input_grad_candidates = dispatch.candidates
+
+
+def weight_grad_candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan, ...]:
+    """Every kernel that can compute a `weight_grad_problem`, each with its heuristic config, the preferred one last."""
+    if dispatch.refusal(problem):
+        return ()
+    if not problem.is_depthwise:
+        return (Plan("weight_grad", weight_grad_config(problem, device), "a matrix product over samples and positions"),)
+    plans = [Plan("weight_grad_depthwise", depthwise_weight_grad_config(problem, device), "depthwise: sums of products of rows")]
+    if problem.stride == problem.dilation == 1 and problem.K <= 128:
+        plan = Plan(
+            "weight_grad_banded", banded_weight_grad_config(problem, device), "a long depthwise filter: diagonals of products"
+        )
+        plans.insert(len(plans) if prefers_banded(problem) else 0, plan)
+    return tuple(plans)
+
+
+def prefers_banded(problem: Conv1dProblem) -> bool:
+    """Whether tensor cores pay for a depthwise weight gradient."""
+    return problem.K >= 5 and problem.layout == "NCL" and problem.L_out >= 128

@@ -1,0 +1,86 @@
+"""What the weight gradients share: sums over samples and positions, split into partial sums that are added in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_conv_triton.kernels.common import OFFSET_LIMIT, widen
+
+
+@triton.jit
+def block_positions(b, last, N, L_out, blocks_per_sample, FLATTEN: tl.constexpr, INT64: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Sample (FLATTEN: one a position), output positions and mask of the BLOCK_L positions of block b, none from `last` on."""
+    if FLATTEN:
+        m = b * BLOCK_L + tl.arange(0, BLOCK_L)
+        return (m // L_out).to(tl.int64), m % L_out, (m < N * L_out) & (b < last)
+    else:
+        l_out = widen(b % blocks_per_sample, INT64) * BLOCK_L + tl.arange(0, BLOCK_L)
+        return (b // blocks_per_sample).to(tl.int64), l_out, (l_out < L_out) & (b < last)
+
+
+def blocks_of(N: int, L_out: int, block: int) -> tuple[bool, int, int]:
+    """(FLATTEN, blocks of one sample, all blocks): how N samples of L_out positions are cut into blocks of `block`.
+
+    Short samples are cut as one sequence, so that no block is mostly padding.
+    """
+    flatten = N > 1 and L_out < 2 * block and L_out % block != 0 and N * L_out <= OFFSET_LIMIT
+    per_sample = triton.cdiv(L_out, block)
+    return flatten, per_sample, triton.cdiv(N * L_out, block) if flatten else N * per_sample
+
+
+@triton.jit(do_not_specialize=["splits"])
+def sum_partials_kernel(
+    partials_ptr,  # (splits, split_size)
+    out_ptr,  # (numel,)
+    numel,
+    splits,
+    split_size,
+    channel_size,  # elements of a partial sum for one channel
+    K: tl.constexpr,
+    TERMS: tl.constexpr,  # elements of a partial sum that make one output
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Output e = (channel, k) is the sum over splits of its terms: element e, or a diagonal of rows of TERMS from row k on."""
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if TERMS == 1:
+        start = e
+    else:
+        start = (e // K) * channel_size + (e % K) * TERMS
+    acc = tl.zeros((BLOCK_S, BLOCK), tl.float32)
+    for s in range(0, splits * TERMS, BLOCK_S):
+        row = s + tl.arange(0, BLOCK_S)
+        offsets = (row // TERMS).to(tl.int64) * split_size + (row % TERMS) * (TERMS + 1)
+        mask = (row < splits * TERMS)[:, None] & (e < numel)[None, :]
+        acc += tl.load(partials_ptr + (offsets[:, None] + start[None, :]), mask=mask, other=0.0)
+    tl.store(out_ptr + e, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=e < numel)
+
+
+def sum_partials(partials: Tensor, out: Tensor, terms: int = 1) -> None:
+    """Write the sum of partials ``(splits, ...)`` into the contiguous out ``(C_out, C_in / groups, K)``, in one fixed order.
+
+    With `terms` above 1 a partial sum is ``(C_out, rows, terms)``, and tap k the sum of a diagonal: row k + i, column i.
+    """
+    block = 128 if out.numel() >= 32768 else 32
+    sum_partials_kernel[(triton.cdiv(out.numel(), block),)](
+        partials,
+        out,
+        out.numel(),
+        partials.shape[0],
+        partials[0].numel(),
+        partials[0, 0].numel(),
+        K=out.shape[2],
+        TERMS=terms,
+        BLOCK_S=32,
+        BLOCK=block,
+    )
+
+
+def partial_sums(out: Tensor, splits: int) -> Tensor:
+    """Where the kernels write: `out` as the only part, or an uninitialised workspace of float32, ``(splits, *out.shape)``."""
+    if splits == 1:
+        return out.unsqueeze(0)
+    return torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
