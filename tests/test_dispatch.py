@@ -7,7 +7,9 @@ import torch
 
 from torch_conv_triton import dispatch
 from torch_conv_triton.configs import INTERPRETER, Device
+from torch_conv_triton.configs_transposed import transposed_tma_config
 from torch_conv_triton.problem import Conv1dProblem, contiguous_strides, output_length
+from torch_conv_triton.weave import Weave
 
 H200 = Device("NVIDIA H200", capability=90, sm_count=132, shared_memory=232448)
 RTX4090 = Device("NVIDIA GeForce RTX 4090", capability=89, sm_count=128, shared_memory=101376)
@@ -49,12 +51,18 @@ CHOICES = {
     "32 channels in bf16, NLC": (problem((16, 32, 131072), 32, 7, padding=9, dilation=3, dtype=BF16, layout="NLC"), "dense_tma"),
     "vocoder in NLC": (problem((8, 32, 153600), 32, 3, padding=1, layout="NLC"), "dense_persistent"),
     "depthwise": (problem((8, 5120, 2048), 5120, 4, padding=3, groups=5120, dtype=BF16, layout="NLC"), "depthwise"),
-    "transposed": (problem((8, 64, 120000), 32, 4, stride=2, transposed=True), "transposed"),
+    "upsampled": (problem((8, 64, 120000), 32, 4, stride=2, transposed=True), "transposed_interleaved"),
+    "upsampled in NLC": (problem((8, 256, 2400), 128, 8, stride=4, transposed=True, layout="NLC"), "transposed_interleaved"),
+    "upsampled in bf16": (problem((8, 128, 55040), 64, 4, stride=2, padding=1, dtype=BF16, transposed=True), "transposed_tma"),
+    "upsampled, phases that read apart": (problem((8, 64, 9600), 64, 4, stride=2, dilation=3, transposed=True), "transposed"),
+    "transposed, stride 1": (problem((64, 128, 65536), 128, 3, transposed=True, bias=False), "dense"),
+    "transposed, stride 1, many channels": (problem((8, 512, 2000), 512, 3, padding=1, transposed=True), "transposed_tma"),
     "pointwise, bias": (problem((4, 128, 110080), 128, 1), "dense"),
     "pointwise": (problem((4, 128, 110080), 128, 1, bias=False), "aten"),
     "one token": (problem((64, 1024, 5), 1024, 4, groups=1024, dtype=BF16), "aten"),
     "long depthwise filter": (problem((32, 512, 750), 512, 63, padding=31, groups=512, dtype=FP16), "aten"),
-    "many channels upsampled": (problem((8, 512, 860), 256, 16, stride=8, padding=4, transposed=True), "aten"),
+    "many channels upsampled": (problem((8, 512, 860), 256, 16, stride=8, padding=4, transposed=True), "transposed_tma"),
+    "many channels upsampled, taps left over": (problem((2, 1024, 1024), 512, 16, stride=5, transposed=True, bias=False), "aten"),
     "many products, bias": (problem((4, 768, 3440), 768, 7, padding=3), "dense"),
     "many products": (problem((4, 768, 3440), 768, 7, padding=3, bias=False), "aten"),
     "many products, dilated": (problem((4, 768, 3440), 768, 7, padding=27, dilation=9, bias=False), "dense"),
@@ -99,7 +107,6 @@ def test_the_interpreter_runs_kernels_however_small_the_problem():
         ({"x_strides": (64 * 224280, 1, 65)}, "rows of x are not multiples of 16 bytes"),
         ({"aligned": False}, "x or the weight does not start on 16 bytes"),
         ({"dtype": torch.float32}, "float32 is rounded in registers, where a block copy has no gain"),
-        ({"transposed": True}, "a transposed convolution reads x by output phase"),
         ({"C_in": 72}, "the channels of a group are not a multiple of 16"),
         ({"L_in": 224281, "padding": 1}, "the stride does not divide the length and the last samples are needed"),
     ],
@@ -112,6 +119,48 @@ def test_what_a_tensor_descriptor_cannot_read(change, words):
     changed = replace(accepted, **change)
     assert dispatch.tma_refusal(changed, H200, dispatch.tma_config(changed, H200)) == words
     assert dispatch.tma_refusal(accepted, RTX4090, config) == "tensor descriptors need sm_90"
+
+
+def test_a_transposed_convolution_of_stride_1_is_planned_as_the_plain_one_it_is():
+    transposed = problem((2, 64, 4000), 48, 5, padding=3, dilation=2, transposed=True)
+    plain = problem((2, 64, 4000), 48, 5, padding=2 * 4 - 3, dilation=2)
+    configs = {plan.kernel: plan.config for plan in dispatch.candidates(transposed, H200)}
+    expected = {plan.kernel: plan.config for plan in dispatch.candidates(plain, H200)}
+    assert expected and expected.items() <= configs.items()
+    for change in ({"padding": 9}, {"output_padding": 1}, {"stride": 2}):
+        other = replace(transposed, **change)
+        assert not any(plan.kernel.startswith("dense") for plan in dispatch.candidates(other, H200)), change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"precision": "ieee"}, "full float32 is split in registers, where a block copy has no gain"),
+        ({"C_in": 520}, "the channels of a group are not a multiple of 16"),
+        ({"L_in": 2**28}, "the copy of x has 2^31 rows or more"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_block_copies_of_a_transposed_convolution_cannot_read(change, words):
+    def refusal(problem, device):
+        weave = Weave.of(problem.K, problem.stride, problem.dilation)
+        return dispatch.transposed_tma_refusal(problem, weave, device, transposed_tma_config(problem, weave, device))
+
+    accepted = CHOICES["many channels upsampled"][0]
+    assert refusal(accepted, H200) is None
+    assert refusal(replace(accepted, **change), H200) == words
+    assert refusal(accepted, RTX4090) == "tensor descriptors need sm_90"
+
+
+def test_phases_that_cannot_be_computed_together():
+    accepted = CHOICES["upsampled"][0]
+    for stride, dilation, words in (
+        (4, 6, "neither of stride and dilation divides the other, so phases read different positions"),
+        (256, 2, "more phases that lie apart than a tile holds"),
+    ):
+        changed = replace(accepted, stride=stride, dilation=dilation)
+        assert dispatch.interleaved_refusal(changed, Weave.of(changed.K, stride, dilation)) == words
+        assert [plan.kernel for plan in dispatch.candidates(changed, H200)] == ["transposed"]
 
 
 def test_a_repeated_problem_is_planned_once():

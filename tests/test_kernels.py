@@ -23,6 +23,18 @@ LONG = (
 )
 SHORT_OF_TILES = Case("halo_at_every_tile", 1, 32, 700, 32, 9, padding=24, dilation=6)
 
+# phases stored row by row and line by line, tiles over several samples, phases apart, taps left over
+WOVEN = (
+    Case("phases_line_by_line", 2, 16, 150, 5, 6, stride=3, padding=2, transposed=True),
+    Case("phases_row_by_row", 2, 512, 37, 5, 8, stride=3, padding=2, transposed=True, output_padding=1),
+    Case("more_phases_than_a_tile", 1, 16, 3, 2, 300, stride=150, padding=7, transposed=True),
+    Case("tiles_over_samples", 5, 32, 9, 24, 4, stride=2, padding=1, transposed=True),
+    Case("tiles_over_samples_grouped", 3, 64, 21, 6, 9, stride=4, padding=9, groups=2, transposed=True, output_padding=3),
+    Case("phases_apart", 2, 16, 40, 20, 5, stride=6, padding=4, dilation=3, transposed=True, output_padding=5),
+    Case("one_phase_apart", 2, 16, 40, 20, 3, stride=3, padding=1, dilation=6, transposed=True),
+    Case("reversed_taps", 2, 48, 70, 21, 5, padding=3, dilation=2, groups=3, transposed=True),
+)
+
 
 def named(*names: str) -> list[Case]:
     return [case for case in CASES if case.name in names]
@@ -65,6 +77,14 @@ def test_tensor_descriptors_serve_channels_last(dtype, layout):
     assert ("dense_tma" in run_every_plan(SHORT_OF_TILES, dtype, layout)) == (layout == "NLC")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", WOVEN, ids=str)
+def test_phases_are_woven_together(case, layout, dtype):
+    kernels = run_every_plan(case, dtype, layout)
+    assert {"transposed", "transposed_tma", "dense" if case.stride == 1 else "transposed_interleaved"} <= set(kernels)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_table_reaches_every_kernel_that_its_names_promise(case):
     kernels = {plan.kernel for plan in dispatch.candidates(case.problem(*make_inputs(case, torch.float32)), dispatch.INTERPRETER)}
@@ -99,7 +119,7 @@ def nearest_tf32(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", named("dense", "depthwise", "transposed", "strided"), ids=str)
+@pytest.mark.parametrize("case", named("dense", "depthwise", "transposed", "transposed_output_padding", "strided"), ids=str)
 def test_non_finite_values_spread_as_in_aten(case, dtype, value):
     x, weight, bias = make_inputs(case, dtype)
     x[0, 1, 7] = value

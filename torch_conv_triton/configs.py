@@ -68,7 +68,7 @@ def depthwise_config(problem: Conv1dProblem) -> Config:
 
 
 def gemm_config(problem: Conv1dProblem, device: Device) -> Config:
-    """Tile of the implicit GEMM, for the tile kernel and the transposed one.
+    """Tile of the implicit GEMM.
 
     All output channels go into one tile where they fit, so that x is read once.
     """
@@ -83,9 +83,6 @@ def gemm_config(problem: Conv1dProblem, device: Device) -> Config:
     )
     if min(problem.C_in_per_group, problem.C_out_per_group) >= 256:
         config = _compute_bound_tile(problem, config)
-    elif problem.transposed and problem.C_in_per_group >= 256:
-        # x_up256 64x128x16 0.101, 128x128x16 0.112
-        config = replace(config, BLOCK_M=64)
     elif problem.dtype.itemsize == 4 and 128 < problem.C_out_per_group <= 256 and _fills_wide_tiles(problem, device):
         # 192 -> 192 K7 128x256x32 1.24, 128x128x16 1.41
         config = Config(128, 256, 32, num_warps=8, num_stages=4)
@@ -109,7 +106,7 @@ def _tile_32bit(problem: Conv1dProblem, BLOCK_N: int, nlc: bool, tap_major: bool
     if BLOCK_N <= 32:
         # p17 128x16x32 s2 0.195, s4 0.237; x_hifi32_k3 256x32x16 s2 0.149, s4 0.169
         return Config(256 if BLOCK_N == 32 else 128, BLOCK_N, 16 if BLOCK_N == 32 else 32, num_warps=4, num_stages=2)
-    BLOCK_M = 64 if problem.stride > 1 and not problem.transposed and tap_major else 128
+    BLOCK_M = 64 if problem.stride > 1 and tap_major else 128
     return Config(BLOCK_M, BLOCK_N, 16 if tap_major else 32, num_warps=4, num_stages=4)
 
 
@@ -122,7 +119,7 @@ def _tile_16bit(problem: Conv1dProblem, BLOCK_N: int, nlc: bool, tap_major: bool
         wide = BLOCK_N == 128 and problem.C_in_per_group * problem.K <= 32
         return Config(128, BLOCK_N, 64, num_warps=8 if wide else 4, num_stages=3)
     # an NCL tile is gathered 2 bytes at a time
-    if BLOCK_N == 128 and problem.stride > 1 and problem.C_in_per_group >= 64 and not problem.transposed:
+    if BLOCK_N == 128 and problem.stride > 1 and problem.C_in_per_group >= 64:
         # s_seed_bf16 with prefetch 1.31, without 128x128x32 s2 1.33, s3 1.35
         return Config(128, BLOCK_N, 64, num_warps=4, num_stages=2, prefetch=True)
     if BLOCK_N <= 32:
@@ -139,8 +136,8 @@ def _fills_wide_tiles(problem: Conv1dProblem, device: Device) -> bool:
 def _compute_bound_tile(problem: Conv1dProblem, config: Config) -> Config:
     """The tile for many channels: as large as the number of tiles allows."""
     tiles = problem.N * problem.L_out * problem.C_out_per_group * problem.groups // (128 * 256)
-    if tiles < 64 or problem.transposed:
-        # p25 64x128x32 0.058, 128x128x32 0.077; x_up256 64x128x16 0.101, 128x128x16 0.112
+    if tiles < 64:
+        # p25 64x128x32 0.058, 128x128x32 0.077
         return replace(config, BLOCK_M=64)
     BLOCK_K, num_stages = (32, 4) if problem.dtype.itemsize == 4 else (64, 3)
     # p15 128x256x32 0.119, 128x128x16 0.142; 384 channels fill three tiles of 128: 0.963, two of 256: 1.09
@@ -150,7 +147,7 @@ def _compute_bound_tile(problem: Conv1dProblem, config: Config) -> Config:
 
 def copies_to_nlc(problem: Conv1dProblem) -> bool:
     """Whether x is worth a copy to NLC first: many channels in NCL, whose products outweigh the copy."""
-    if problem.layout == "NLC" or problem.groups > 1 or problem.K == 1 or problem.transposed or problem.L_out < 128:
+    if problem.layout == "NLC" or problem.groups > 1 or problem.K == 1 or problem.L_out < 128:
         return False
     if problem.dtype.itemsize == 2:
         # p16 0.112 against 0.228 without; x_whisper1 (128 -> 1280) 0.074 against 0.119

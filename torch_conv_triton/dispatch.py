@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import gcd
 
@@ -18,8 +18,10 @@ from torch_conv_triton.configs import (
     persistent_config,
     tma_config,
 )
+from torch_conv_triton.configs_transposed import interleaved_config, transposed_config, transposed_tma_config
 from torch_conv_triton.problem import INT32_MAX, KERNEL_DTYPES, Conv1dProblem, dtype_name
-from torch_conv_triton.versus_aten import faster_in_aten
+from torch_conv_triton.versus_aten import faster_in_aten, launch_bound
+from torch_conv_triton.weave import Weave
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,9 @@ def _weight_elements(problem: Conv1dProblem) -> int:
     if problem.transposed:
         step = problem.stride // gcd(problem.stride, problem.dilation)
         taps = problem.stride * -(-problem.K // step)
+        weave = Weave.of(problem.K, problem.stride, problem.dilation)
+        if weave:
+            taps = max(taps, weave.rows(problem.C_in_per_group) * weave.taps)
     return problem.C_out * problem.C_in_per_group * taps
 
 
@@ -77,8 +82,6 @@ def tma_refusal(problem: Conv1dProblem, device: Device, config: Config) -> str |
     """Why x cannot be read through a tensor descriptor with this config, or None."""
     if device.capability < 90:
         return "tensor descriptors need sm_90"
-    if problem.transposed:
-        return "a transposed convolution reads x by output phase"
     if problem.dtype == torch.float32:
         return "float32 is rounded in registers, where a block copy has no gain"
     if config.BLOCK_K < 16 or problem.C_in_per_group % config.BLOCK_K:
@@ -97,6 +100,29 @@ def tma_refusal(problem: Conv1dProblem, device: Device, config: Config) -> str |
     last = (problem.L_out - 1) * problem.stride + (problem.K - 1) * problem.dilation - problem.padding
     if problem.L_in % problem.stride and last >= problem.L_in // problem.stride * problem.stride:
         return "the stride does not divide the length and the last samples are needed"
+    return None
+
+
+def interleaved_refusal(problem: Conv1dProblem, weave: Weave | None) -> str | None:
+    """Why the phases of this transposed convolution cannot be computed together, or None."""
+    if weave is None:
+        return "neither of stride and dilation divides the other, so phases read different positions"
+    if weave.spacing > 1 and weave.rows(problem.C_in_per_group) > 64:
+        return "more phases that lie apart than a tile holds"
+    return None
+
+
+def transposed_tma_refusal(problem: Conv1dProblem, weave: Weave, device: Device, config: Config) -> str | None:
+    """Why a copy of x cannot be read by block copies with this config, or None."""
+    if device.capability < 90:
+        return "tensor descriptors need sm_90"
+    if problem.dtype == torch.float32 and problem.precision == "ieee":
+        return "full float32 is split in registers, where a block copy has no gain"
+    if config.BLOCK_K < 16:
+        return "the channels of a group are not a multiple of 16"
+    positions = (problem.L_out - 1 + problem.padding) // problem.stride + 1
+    if problem.N * max(problem.L_in + weave.reach, positions) > INT32_MAX:
+        return "the copy of x has 2^31 rows or more"
     return None
 
 
@@ -125,14 +151,10 @@ def candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan, ...]:
 
 def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
     """The plans that can run the problem, the preferred one last."""
-    if problem.is_depthwise:
-        general = "transposed" if problem.transposed else "dense"
-        return [
-            Plan(general, gemm_config(problem, device), "implicit GEMM, one channel a group"),
-            Plan("depthwise", depthwise_config(problem), "depthwise: moves bytes, there is no matrix to multiply"),
-        ]
     if problem.transposed:
-        return [Plan("transposed", gemm_config(problem, device), "gathers by output phase, every output written once")]
+        return _transposed_by_preference(problem, device)
+    if problem.is_depthwise:
+        return [Plan("dense", gemm_config(problem, device), "implicit GEMM, one channel a group"), _depthwise_plan(problem)]
     ranked = [(1, Plan("dense", gemm_config(problem, device), "implicit GEMM over any strides"))]
     config = tma_config(problem, device)
     if not tma_refusal(problem, device, config):
@@ -148,3 +170,55 @@ def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
         plan = Plan("dense_persistent", config, "the weights stay in shared memory while a program walks over tiles")
         ranked.append((3 if wins else 0, plan))
     return [plan for _, plan in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _depthwise_plan(problem: Conv1dProblem) -> Plan:
+    return Plan("depthwise", depthwise_config(problem), "depthwise: moves bytes, there is no matrix to multiply")
+
+
+def _transposed_by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
+    general = Plan("transposed", transposed_config(problem, device), "one output phase a program, every output written once")
+    if problem.is_depthwise:
+        return [general, _depthwise_plan(problem)]
+    weave = Weave.of(problem.K, problem.stride, problem.dilation)
+    if interleaved_refusal(problem, weave):
+        return [general]
+    plans = [general]
+    plain = _as_plain(problem)
+    if plain:
+        plans += [replace(p, reason=f"stride 1: a plain convolution; {p.reason}") for p in _by_preference(plain, device)]
+    else:
+        config = interleaved_config(problem, weave, device)
+        plans.append(
+            Plan("transposed_interleaved", config, "all output phases of a tile together: x read once, whole lines stored")
+        )
+        if problem.C_in_per_group < 16:
+            plans.reverse()
+    config = transposed_tma_config(problem, weave, device)
+    if not transposed_tma_refusal(problem, weave, device, config):
+        plan = Plan("transposed_tma", config, "all output phases of a tile together, from block copies of channels-last x")
+        plans.insert(len(plans) if _worth_block_copies(problem) else 0, plan)
+    return plans
+
+
+def _as_plain(problem: Conv1dProblem) -> Conv1dProblem | None:
+    """The plain convolution, channels exchanged and taps reversed, that a transposed one of stride 1 is; None if it is none."""
+    padding = problem.dilation * (problem.K - 1) - problem.padding
+    if problem.stride > 1 or padding < 0 or problem.output_padding:
+        return None
+    stride_i, stride_o, stride_k = problem.w_strides
+    return replace(problem, transposed=False, padding=padding, w_strides=(stride_o, stride_i, stride_k))
+
+
+def _worth_block_copies(problem: Conv1dProblem) -> bool:
+    """Whether a copy of x to NLC, read by block copies, is faster than x itself, gathered."""
+    channels = problem.C_in_per_group
+    if launch_bound(problem):
+        # descriptors are built anew on every call, which takes the host longer than such a kernel the GPU
+        return False
+    if problem.dtype.itemsize == 2:
+        # 128 -> 64 K4 s2 bf16 0.165 against 0.178, 64 -> 32 K4 s2 bf16 0.157 against 0.135
+        return problem.layout != "NLC" and channels >= 128 and problem.stride > 1
+    # 256 -> 128 K8 s4 0.063 against 0.071, 192 -> 96 K4 s2 0.526 against 0.515; in NLC 512 -> 256 K16 s8 0.118 against 0.123,
+    # 256 -> 128 K8 s4 0.063 against 0.056; 512 -> 512 K3 s1 0.101 against 0.141
+    return channels >= (512 if problem.layout == "NLC" else 256)

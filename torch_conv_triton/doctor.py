@@ -41,6 +41,7 @@ class KernelCase:
     name: str
     x_shape: tuple[int, int, int]
     w_shape: tuple[int, int, int]
+    stride: int = 1
     padding: int = 1
     groups: int = 1
     transposed: bool = False
@@ -51,7 +52,7 @@ KERNEL_CASES = (
     KernelCase("dense", (2, 16, 40), (24, 16, 3)),
     KernelCase("channels-last", (2, 32, 40), (24, 32, 3), channels_last=True),
     KernelCase("depthwise", (2, 16, 40), (16, 1, 3), groups=16),
-    KernelCase("transposed", (2, 16, 40), (16, 24, 4), transposed=True),
+    KernelCase("transposed", (2, 16, 40), (16, 24, 4), stride=2, transposed=True),
 )
 
 
@@ -119,13 +120,13 @@ def _kernel(case: KernelCase, dtype: torch.dtype, device: torch.device) -> tuple
     weight = torch.randn(case.w_shape, generator=generator).to(device, dtype)
     if case.channels_last:
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    geometry = (1, case.padding, 1, case.groups, case.transposed)
+    geometry = (case.stride, case.padding, 1, case.groups, case.transposed)
     problem = Conv1dProblem.from_tensors(x, weight, None, *geometry)
     plan = dispatch.plan(problem, dispatch.device_for(device))
     convolution = torch_conv_triton.conv_transpose1d if case.transposed else torch_conv_triton.conv1d
 
     start = time.perf_counter()
-    y = convolution(x, weight, padding=case.padding, groups=case.groups)
+    y = convolution(x, weight, stride=case.stride, padding=case.padding, groups=case.groups)
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start

@@ -108,7 +108,12 @@ def _launch_or_repeat(call: _Call, x: Tensor, weight: Tensor, bias: Tensor | Non
 def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     tf32 = p.precision == "tf32"
     config = plan.config
-    if config.copy_to_nlc:
+    padding = p.padding
+    if p.transposed and plan.kernel.startswith("dense"):
+        from torch_conv_triton.kernels.transposed_interleaved import reversed_weight
+
+        weight, padding = reversed_weight(weight, p.groups), p.dilation * (p.K - 1) - p.padding
+    if config.copy_to_nlc and plan.kernel.startswith("dense"):
         from torch_conv_triton.kernels.layout import channels_last_copy
 
         # whole strides: the tensor-descriptor kernel sees x as rows of `stride` samples, and zeros beyond the end change nothing
@@ -121,16 +126,24 @@ def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tenso
         from torch_conv_triton.kernels.transposed import conv1d_transposed
 
         conv1d_transposed(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, config)
+    elif plan.kernel == "transposed_interleaved":
+        from torch_conv_triton.kernels.transposed_interleaved import conv1d_transposed_interleaved
+
+        conv1d_transposed_interleaved(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, config)
+    elif plan.kernel == "transposed_tma":
+        from torch_conv_triton.kernels.transposed_tma import conv1d_transposed_tma
+
+        conv1d_transposed_tma(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, config)
     elif plan.kernel == "dense_persistent":
         from torch_conv_triton.kernels.dense_persistent import conv1d_dense_persistent
 
         programs = dispatch.device_for(x.device).sm_count * config.programs_per_sm
-        conv1d_dense_persistent(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, programs, config)
+        conv1d_dense_persistent(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, programs, config)
     elif plan.kernel == "dense_tma":
         from torch_conv_triton.kernels.dense_tma import conv1d_dense_tma
 
-        conv1d_dense_tma(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, config)
+        conv1d_dense_tma(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, config)
     else:
         from torch_conv_triton.kernels.dense import conv1d_dense
 
-        conv1d_dense(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, config)
+        conv1d_dense(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, config)

@@ -130,7 +130,7 @@ def test_explain_tells_what_runs():
     forward = [record for record in report.records if record.kind == "forward"]
     assert [record.module for record in forward] == [f"layers.{i}" for i in (0, 3, 5, 6, 8, 9)]
     assert report.kept == ()
-    assert {record.kernel for record in forward} > {"depthwise", "transposed"}
+    assert {record.kernel for record in forward} > {"depthwise", "transposed_tma"}
     assert report.totals["gradients"] == 2 * len(forward) - 1
 
 

@@ -1,0 +1,437 @@
+"""Transposed convolution, all output phases of a tile together: x is read once, and the output is stored in whole lines.
+
+Over positions q of x it is an ordinary convolution whose channels are the pairs (output channel, phase), with
+ceil(K / phases) taps; its output, with the phases woven in between the positions, is y. See `Weave`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_conv_triton.kernels.common import (
+    dot_precision,
+    dot_tile,
+    load_w_tile,
+    load_x_tile,
+    needs_int64,
+    reduction_slice,
+    reduction_steps,
+    round_tf32,
+    widen,
+)
+from torch_conv_triton.kernels.launch import launch, workspace
+from torch_conv_triton.problem import ceil_pow2
+from torch_conv_triton.weave import Weave
+
+
+@triton.jit
+def pack_interleaved_kernel(
+    w_ptr,  # (C_in, C_out / groups, K), any strides
+    out_ptr,  # (C_out, ROWS, TAPS, C_in / groups)
+    C_OUT,  # per group
+    stride_wc,
+    stride_wo,
+    stride_wk,
+    tiles_c,
+    tiles_z,
+    C_IN: tl.constexpr,  # per group
+    K: tl.constexpr,
+    PHASES: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAPS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+):
+    """Transposes tiles of [channels, (output channel, tap)]; rows and taps that do not exist are zero."""
+    pid = tl.program_id(0)
+    tile_c = pid % tiles_c
+    tile_z = (pid // tiles_c) % tiles_z
+    group = (pid // (tiles_c * tiles_z)).to(tl.int64)
+    c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    # in the order of k for each output channel, which a contiguous weight has too
+    z = tile_z * BLOCK_Z + tl.arange(0, BLOCK_Z)
+    o = z // (TAPS * ROWS)
+    j = (z // ROWS) % TAPS
+    phase = z % ROWS
+    k = j * PHASES + phase
+    there = (c < C_IN)[:, None] & (o < C_OUT)[None, :]
+    w_c = (group * C_IN + c) * stride_wc
+    w_z = o.to(tl.int64) * stride_wo + k.to(tl.int64) * stride_wk
+    w = tl.load(w_ptr + (w_c[:, None] + w_z[None, :]), mask=there & ((phase < PHASES) & (k < K))[None, :], other=0.0)
+    if ROUND:
+        w = round_tf32(w)
+    if REVERSE:
+        j = TAPS - 1 - j
+    row = ((group * C_OUT + o) * ROWS + phase) * TAPS + j
+    tl.store(out_ptr + (row[None, :] * C_IN + c[:, None]), w, mask=there)
+
+
+def pack_interleaved(weight: Tensor, groups: int, weave: Weave, rounded: bool, reverse: bool = False) -> Tensor:
+    """Weight ``(C_in, C_out / groups, K)`` as the matrix ``(C_out * rows, taps * C_in / groups)``, tap-major columns.
+
+    Rounded to TF32 if `rounded`; `reverse` puts the last tap first.
+    """
+    C_total, C_out, K = weight.shape
+    C_in = C_total // groups
+    rows = weave.rows(C_in)
+    packed = workspace((groups * C_out * rows, weave.taps * C_in), dtype=weight.dtype, device=weight.device)
+    block_c, block_z = min(64, max(16, ceil_pow2(C_in))), 64
+    tiles_c, tiles_z = triton.cdiv(C_in, block_c), triton.cdiv(C_out * rows * weave.taps, block_z)
+    launch(
+        pack_interleaved_kernel,
+        (tiles_c * tiles_z * groups,),
+        weight,
+        packed,
+        C_out,
+        *weight.stride(),
+        tiles_c,
+        tiles_z,
+        C_IN=C_in,
+        K=K,
+        PHASES=weave.phases,
+        ROWS=rows,
+        TAPS=weave.taps,
+        REVERSE=reverse,
+        ROUND=rounded,
+        BLOCK_C=block_c,
+        BLOCK_Z=block_z,
+    )
+    return packed
+
+
+def reversed_weight(weight: Tensor, groups: int) -> Tensor:
+    """The weight ``(C_out, C_in / groups, K)`` of the plain convolution that a transposed one of stride 1 is."""
+    C_total, C_out, K = weight.shape
+    packed = pack_interleaved(weight, groups, Weave.of(K, 1, 1), rounded=False, reverse=True)
+    return packed.view(groups * C_out, K, C_total // groups).transpose(1, 2)
+
+
+@triton.jit
+def mask_phases(acc, rows, PHASES_WITH: tl.constexpr, ROWS: tl.constexpr):
+    """Zero for the phases that lack the last tap: their zero weights do not stop a NaN or Inf of x."""
+    return tl.where((rows % ROWS < PHASES_WITH)[None, :], acc, 0.0)
+
+
+@triton.constexpr_function
+def is_power_of_two(n):
+    return n & (n - 1) == 0
+
+
+@triton.jit
+def output_offsets(
+    row,  # of the tile
+    within,  # output of the row's position, 0 to STRIDE - 1
+    start,
+    N,
+    L_ROWS,
+    L_out,
+    stride_yn,
+    stride_yl,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    """Offsets into y and mask of the outputs of some rows, see `store_interleaved`."""
+    if FLATTEN:
+        m = start + row
+        n = m // L_ROWS
+        t = m % L_ROWS * STRIDE + within - PADDING
+        return n.to(tl.int64) * stride_yn + t * stride_yl, (n < N) & (t >= 0) & (t < L_out)
+    else:
+        t = start * STRIDE + (PADDING // STRIDE * STRIDE - PADDING) + (row * STRIDE + within)
+        return t * stride_yl, (t >= 0) & (t < L_out)
+
+
+@triton.jit
+def store_interleaved(
+    y_ptr,  # group added, and the sample unless FLATTEN
+    b_ptr,
+    acc,  # [BLOCK_M, BLOCK_N]: positions x (output channel, phase)
+    start,  # first row of the tile
+    tile_n,
+    N,
+    L_ROWS,
+    L_out,
+    C_OUT,
+    stride_yn,
+    stride_yc,
+    stride_yl,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    SPACING: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Weave phases between positions, zeros between phases that lie apart; add the bias in float32, round once, store.
+
+    Row m of the tiles is position PADDING // STRIDE + m of one sample; with FLATTEN, position m % L_ROWS of sample m // L_ROWS.
+    """
+    if is_power_of_two(ROWS) and ROWS <= BLOCK_N:
+        BLOCK_O: tl.constexpr = BLOCK_N // ROWS
+        GAP: tl.constexpr = triton.next_power_of_2(SPACING)
+        WIDTH: tl.constexpr = ROWS * GAP  # of one position, at least STRIDE
+        tile = tl.permute(tl.reshape(acc, (BLOCK_M, BLOCK_O, ROWS)), (1, 0, 2))
+        if GAP > 1:
+            first = (tl.arange(0, GAP) == 0)[None, None, None, :]
+            tile = tl.where(first, tl.reshape(tile, (BLOCK_O, BLOCK_M, ROWS, 1)), 0.0)
+        tile = tl.reshape(tile, (BLOCK_O, BLOCK_M * WIDTH))
+        i = tl.arange(0, BLOCK_M * WIDTH)
+        if WIDTH == STRIDE and not FLATTEN:
+            # the compiler sees that these are neighbours, and stores vectors
+            offsets, mask = output_offsets(0, i, start, N, L_ROWS, L_out, stride_yn, stride_yl, STRIDE, PADDING, FLATTEN)
+        else:
+            within = (i // GAP) % ROWS * SPACING + i % GAP
+            offsets, mask = output_offsets(
+                i // WIDTH, within, start, N, L_ROWS, L_out, stride_yn, stride_yl, STRIDE, PADDING, FLATTEN
+            )
+            mask = mask & (i % GAP < SPACING) & (within < STRIDE)
+        o = tile_n * BLOCK_O + tl.arange(0, BLOCK_O)
+        o_mask = o < C_OUT
+        if HAS_BIAS:
+            tile += tl.load(b_ptr + o, mask=o_mask, other=0.0).to(tl.float32)[:, None]
+        pointers = y_ptr + ((widen(o, INT64) * stride_yc)[:, None] + offsets[None, :])
+        tl.store(pointers, tile.to(y_ptr.dtype.element_ty), mask=o_mask[:, None] & mask[None, :])
+    else:
+        # neighbours of a row of the accumulator are the phases of a position, which are neighbours in y
+        r = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        o = r // ROWS
+        o_mask = o < C_OUT
+        if HAS_BIAS:
+            acc += tl.load(b_ptr + o, mask=o_mask, other=0.0).to(tl.float32)[None, :]
+        offsets, mask = output_offsets(
+            tl.arange(0, BLOCK_M)[:, None],
+            (r % ROWS)[None, :],
+            start,
+            N,
+            L_ROWS,
+            L_out,
+            stride_yn,
+            stride_yl,
+            STRIDE,
+            PADDING,
+            FLATTEN,
+        )
+        pointers = y_ptr + ((widen(o, INT64) * stride_yc)[None, :] + offsets)
+        tl.store(pointers, acc.to(y_ptr.dtype.element_ty), mask=(o_mask & (r % ROWS < STRIDE))[None, :] & mask)
+
+
+@triton.jit
+def accumulate_taps(
+    acc,
+    x_ptr,
+    w_ptr,
+    pos,
+    row_mask,
+    rows,
+    L_in,
+    N_ROWS,
+    step,
+    stride_xc,
+    stride_xl,
+    FIRST: tl.constexpr,  # taps FIRST to FIRST + COUNT
+    COUNT: tl.constexpr,
+    TAPS: tl.constexpr,
+    C_IN: tl.constexpr,
+    ROUND_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + the products of some taps with x gathered at pos - tap * step."""
+    for i in range(0, reduction_steps(C_IN, COUNT, True, BLOCK_K)):
+        c, j, _ = reduction_slice(i, C_IN, COUNT, True, BLOCK_K)
+        tap = FIRST + j
+        x = load_x_tile(
+            x_ptr, pos, row_mask, c, tap, TAPS, L_in, -step, stride_xc, stride_xl, C_IN, TAPS, True, False, INT64, BLOCK_K
+        )
+        w = load_w_tile(w_ptr, rows, c, tap * C_IN + c, TAPS * C_IN, N_ROWS, C_IN, TAPS, True, BLOCK_K)
+        if ROUND_X:
+            x = round_tf32(x)
+        acc = dot_tile(x, w, acc, False, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["tiles_m", "tiles_n"])
+def conv1d_transposed_interleaved_fwd_kernel(
+    x_ptr,  # (N, C_in, L_in), any strides
+    w_ptr,  # (C_out * ROWS, TAPS * C_in / groups)
+    b_ptr,  # (C_out,), or unused
+    y_ptr,  # (N, C_out, L_out), any strides
+    L_in,
+    L_out,
+    C_OUT,  # per group
+    step,
+    stride_xn,
+    stride_xc,
+    stride_xl,
+    stride_yn,
+    stride_yc,
+    stride_yl,
+    tiles_m,
+    tiles_n,
+    GROUPS: tl.constexpr,
+    C_IN: tl.constexpr,  # per group
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    SPACING: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROUND_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # channel tiles are the fastest so that programs that read the same x run together and find it in L2
+    pid = tl.program_id(0)
+    tile_n = pid % tiles_n
+    group = (pid // tiles_n) % GROUPS
+    tile_m = (pid // (tiles_n * GROUPS)) % tiles_m
+    sample = (pid // (tiles_n * GROUPS * tiles_m)).to(tl.int64)
+
+    start = widen(tile_m, INT64) * BLOCK_M
+    q = start + (PADDING // STRIDE + tl.arange(0, BLOCK_M))
+    # rows past the last output read x like any other: a mask that is not constant over 16 bytes would break up its vectors
+    row_mask = tl.full((BLOCK_M,), True, tl.int1)
+    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_ptr += sample * stride_xn + widen(group, INT64) * C_IN * stride_xc
+    w_ptr += widen(group, INT64) * C_OUT * (ROWS * TAPS * C_IN)
+
+    PARTIAL: tl.constexpr = K % (STRIDE // SPACING)
+    FULL: tl.constexpr = TAPS - (PARTIAL > 0)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if PARTIAL > 0:
+        acc = accumulate_taps(
+            acc,
+            x_ptr,
+            w_ptr,
+            q,
+            row_mask,
+            rows,
+            L_in,
+            C_OUT * ROWS,
+            step,
+            stride_xc,
+            stride_xl,
+            FULL,
+            1,
+            TAPS,
+            C_IN,
+            ROUND_X,
+            PRECISION,
+            INT64,
+            BLOCK_K,
+        )
+        acc = mask_phases(acc, rows, PARTIAL, ROWS)
+    if FULL > 0:
+        acc = accumulate_taps(
+            acc,
+            x_ptr,
+            w_ptr,
+            q,
+            row_mask,
+            rows,
+            L_in,
+            C_OUT * ROWS,
+            step,
+            stride_xc,
+            stride_xl,
+            0,
+            FULL,
+            TAPS,
+            C_IN,
+            ROUND_X,
+            PRECISION,
+            INT64,
+            BLOCK_K,
+        )
+    store_interleaved(
+        y_ptr + sample * stride_yn + widen(group, INT64) * C_OUT * stride_yc,
+        b_ptr + group * C_OUT,
+        acc,
+        start,
+        tile_n,
+        1,
+        1,
+        L_out,
+        C_OUT,
+        stride_yn,
+        stride_yc,
+        stride_yl,
+        STRIDE,
+        PADDING,
+        SPACING,
+        ROWS,
+        HAS_BIAS,
+        False,
+        INT64,
+        BLOCK_M,
+        BLOCK_N,
+    )
+
+
+def conv1d_transposed_interleaved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    tf32: bool,
+    config,
+) -> None:
+    """As `conv1d_transposed`, where `Weave.of` finds a weave. BLOCK_N holds all rows of a channel if its phases lie apart."""
+    N, _, L_in = x.shape
+    _, C_out, L_out = y.shape
+    weave = Weave.of(weight.shape[2], stride, dilation)
+    C_in = weight.shape[0] // groups
+    rows = weave.rows(C_in)
+    packed = pack_interleaved(weight, groups, weave, tf32)
+    tiles_m = triton.cdiv((L_out - 1 + padding) // stride - padding // stride + 1, config.BLOCK_M)
+    tiles_n = triton.cdiv(C_out // groups * rows, config.BLOCK_N)
+    launch(
+        conv1d_transposed_interleaved_fwd_kernel,
+        (tiles_n * groups * tiles_m * N,),
+        x,
+        packed,
+        bias if bias is not None else packed,
+        y,
+        L_in,
+        L_out,
+        C_out // groups,
+        weave.step,
+        *x.stride(),
+        *y.stride(),
+        tiles_m,
+        tiles_n,
+        GROUPS=groups,
+        C_IN=C_in,
+        K=weight.shape[2],
+        STRIDE=stride,
+        PADDING=padding,
+        SPACING=weave.spacing,
+        ROWS=rows,
+        TAPS=weave.taps,
+        ROUND_X=tf32,
+        PRECISION=dot_precision(x.dtype, tf32),
+        HAS_BIAS=bias is not None,
+        INT64=needs_int64(x, y),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,190 @@
+"""Interleaved transposed convolution by block copies (Hopper and later), for many channels.
+
+x is first copied to NLC, where a tap is a shift along an outer dimension, so any step and padding gives an aligned block copy.
+The copy rounds float32 to TF32, which leaves nothing to do between the block copies and the tensor cores, and puts zeros
+between samples, over which tiles then run as over one long signal.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, widen
+from torch_conv_triton.kernels.launch import launch
+from torch_conv_triton.kernels.layout import channels_last_copy
+from torch_conv_triton.kernels.transposed_interleaved import mask_phases, pack_interleaved, store_interleaved
+from torch_conv_triton.weave import Weave
+
+
+@triton.jit
+def accumulate_blocks(
+    acc,
+    x_desc,
+    w_desc,
+    x_row,  # of tap 0
+    c_start,
+    w_row,
+    STEP: tl.constexpr,
+    FIRST: tl.constexpr,  # taps FIRST to FIRST + COUNT
+    COUNT: tl.constexpr,
+    C_IN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + the products of some taps, tap j with the rows of x from x_row - j * STEP on."""
+    for i in range(0, COUNT * (C_IN // BLOCK_K)):
+        tap = FIRST + i % COUNT
+        c = i // COUNT * BLOCK_K
+        x = x_desc.load([x_row - tap * STEP, c_start + c])
+        w = w_desc.load([w_row, tap * C_IN + c])
+        acc = dot_tile(x, w, acc, False, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["N", "L_ROWS", "tiles_m", "tiles_n"])
+def conv1d_transposed_tma_fwd_kernel(
+    x_desc,  # (N * L_ROWS, C_in), block [BLOCK_M, BLOCK_K]
+    w_desc,  # (C_out * ROWS, TAPS * C_in / groups), block [BLOCK_N, BLOCK_K]
+    b_ptr,  # (C_out,), or unused
+    y_ptr,  # (N, C_out, L_out), any strides
+    N,
+    L_ROWS,
+    L_out,
+    C_OUT,  # per group
+    stride_yn,
+    stride_yc,
+    stride_yl,
+    tiles_m,  # of one sample, or of all with FLATTEN
+    tiles_n,
+    GROUPS: tl.constexpr,
+    C_IN: tl.constexpr,  # per group
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    SPACING: tl.constexpr,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    tile_n = pid % tiles_n
+    group = (pid // tiles_n) % GROUPS
+    tile_m = (pid // (tiles_n * GROUPS)) % tiles_m
+    sample = pid // (tiles_n * GROUPS * tiles_m)
+
+    if FLATTEN:
+        x_row = tile_m * BLOCK_M
+    else:
+        x_row = sample * L_ROWS + tile_m * BLOCK_M + PADDING // STRIDE
+    w_row = group * C_OUT * ROWS + tile_n * BLOCK_N
+    PARTIAL: tl.constexpr = K % (STRIDE // SPACING)
+    FULL: tl.constexpr = TAPS - (PARTIAL > 0)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if PARTIAL > 0:
+        acc = accumulate_blocks(acc, x_desc, w_desc, x_row, group * C_IN, w_row, STEP, FULL, 1, C_IN, PRECISION, BLOCK_K)
+        acc = mask_phases(acc, tile_n * BLOCK_N + tl.arange(0, BLOCK_N), PARTIAL, ROWS)
+    if FULL > 0:
+        acc = accumulate_blocks(acc, x_desc, w_desc, x_row, group * C_IN, w_row, STEP, 0, FULL, C_IN, PRECISION, BLOCK_K)
+    store_interleaved(
+        y_ptr + (sample.to(tl.int64) * stride_yn + widen(group, INT64) * C_OUT * stride_yc),
+        b_ptr + group * C_OUT,
+        acc,
+        widen(tile_m, INT64) * BLOCK_M,
+        tile_n,
+        N,
+        L_ROWS,
+        L_out,
+        C_OUT,
+        stride_yn,
+        stride_yc,
+        stride_yl,
+        STRIDE,
+        PADDING,
+        SPACING,
+        ROWS,
+        HAS_BIAS,
+        FLATTEN,
+        INT64,
+        BLOCK_M,
+        BLOCK_N,
+    )
+
+
+def conv1d_transposed_tma(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    tf32: bool,
+    config,
+) -> None:
+    """As `conv1d_transposed_interleaved`, for x that `dispatch.transposed_tma_refusal` accepts."""
+    N, C_total, L_in = x.shape
+    _, C_out, L_out = y.shape
+    weave = Weave.of(weight.shape[2], stride, dilation)
+    C_in = C_total // groups
+    rows = weave.rows(C_in)
+    packed = pack_interleaved(weight, groups, weave, tf32)
+    positions = (L_out - 1 + padding) // stride + 1
+    # zeros follow each sample as far as its last position, and as far as the next sample's first reads back
+    L_rows = max(L_in + weave.reach, positions)
+    x_rows = channels_last_copy(x, multiple=L_rows, rounded=tf32).transpose(1, 2).flatten(0, 1)
+    # a tile over several samples stores single values, not vectors: worth it where a sample leaves much of its last tile empty
+    positions -= padding // stride
+    tiles_m = triton.cdiv(positions, config.BLOCK_M)
+    flatten = N > 1 and 8 * (tiles_m * config.BLOCK_M - positions) > positions
+    if flatten:
+        tiles_m = triton.cdiv(N * L_rows, config.BLOCK_M)
+    tiles_n = triton.cdiv(C_out // groups * rows, config.BLOCK_N)
+    if x.is_cuda:
+        # The driver encodes descriptors in the thread's current context, which a thread that has made no runtime call does
+        # not have yet; this call makes one, and is allowed during capture.
+        torch.cuda.is_current_stream_capturing()
+    launch(
+        conv1d_transposed_tma_fwd_kernel,
+        (tiles_n * groups * tiles_m * (1 if flatten else N),),
+        TensorDescriptor(x_rows, [N * L_rows, C_total], [C_total, 1], [config.BLOCK_M, config.BLOCK_K]),
+        TensorDescriptor(packed, list(packed.shape), list(packed.stride()), [config.BLOCK_N, config.BLOCK_K]),
+        bias if bias is not None else packed,
+        y,
+        N,
+        L_rows,
+        L_out,
+        C_out // groups,
+        *y.stride(),
+        tiles_m,
+        tiles_n,
+        GROUPS=groups,
+        C_IN=C_in,
+        K=weight.shape[2],
+        STRIDE=stride,
+        PADDING=padding,
+        SPACING=weave.spacing,
+        STEP=weave.step,
+        ROWS=rows,
+        TAPS=weave.taps,
+        PRECISION=dot_precision(x.dtype, tf32),
+        HAS_BIAS=bias is not None,
+        FLATTEN=flatten,
+        INT64=needs_int64(y),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
