@@ -1,8 +1,10 @@
 """The functional front end is torch.nn.functional's: PyTorch's own samples and errors, padding words, fallbacks."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.testing._internal.common_methods_invocations import op_db
 
 import torch_conv_triton
@@ -50,6 +52,9 @@ BAD_CALLS = {
     "stride of zero": lambda f: f.conv1d(X, W, stride=0),
     "two strides": lambda f: f.conv1d(X, W, stride=[1, 1]),
     "a float stride": lambda f: f.conv1d(X, W, stride=1.5),
+    "a bool stride": lambda f: f.conv1d(X, W, stride=True),
+    "a list of groups": lambda f: f.conv1d(X, W, groups=[1]),
+    "a float for groups": lambda f: f.conv_transpose1d(X, torch.randn(4, 6, 3), groups=1.0),
     "bias of another length": lambda f: f.conv1d(X, W, torch.randn(5)),
     "bias of another dtype": lambda f: f.conv1d(X, W, torch.randn(6).double()),
     "kernel above input": lambda f: f.conv1d(X, torch.randn(6, 4, 13)),
@@ -76,6 +81,14 @@ def test_padding_words(padding, K):
     weight = torch.randn(6, 4, K)
     expected = F.conv1d(X, weight, padding=padding, dilation=2)
     assert relative_error(torch_conv_triton.conv1d(X, weight, padding=padding, dilation=2), expected) < 1e-3
+
+
+@pytest.mark.parametrize("two", [np.int64(2), torch.tensor(2), [2], torch.Size([2])], ids=repr)
+def test_integers_of_any_kind(two):
+    assert torch.equal(functional.conv1d(X, W, stride=two, padding=two), functional.conv1d(X, W, stride=2, padding=2))
+    grouped = torch.randn(6, 2, 3)
+    groups = two if not isinstance(two, (list, torch.Size)) else 2
+    assert torch.equal(functional.conv1d(X, grouped, groups=groups), functional.conv1d(X, grouped, groups=2))
 
 
 def test_unbatched_input():
@@ -132,3 +145,16 @@ def test_traced_whole_into_one_operator():
     assert relative_error(y, F.conv1d(X, W, padding="same")) < 1e-3
     (graph,) = graphs
     assert torch.ops.triton_conv.conv1d.default in [node.target for node in graph.graph.nodes]
+
+
+@pytest.mark.parametrize("argument", ["padding", "dilation"])
+def test_a_padding_that_follows_from_a_changing_length_is_traced_too(argument):
+    def convolve(f, x):
+        return f.conv1d(x, W, **{argument: x.shape[2] // 4})
+
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: convolve(functional, x), backend=counter, fullgraph=True, dynamic=True)
+    for length in (9, 16, 21):
+        x = torch.randn(2, 4, length)
+        assert relative_error(compiled(x), convolve(F, x)) < 1e-3
+    assert counter.frame_count == 1

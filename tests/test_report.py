@@ -154,6 +154,11 @@ def test_explain_a_function():
     assert seen(report) == [("", "forward", "1x2x5 -> 2 K3 p1 fp32 NCL", "rewritten")]
 
 
+def test_explain_passes_every_keyword_on():
+    report = explain(lambda *, model: F.conv1d(model, torch.ones(2, 2, 3)), model=torch.randn(1, 2, 5))
+    assert seen(report) == [("", "forward", "1x2x5 -> 2 K3 fp32 NCL", "rewritten")]
+
+
 def test_explain_tells_why_a_convolution_is_kept():
     with torch.no_grad():
         report = explain(nn.Conv1d(2, 2, 3).double(), torch.randn(1, 2, 5).double())

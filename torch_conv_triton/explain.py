@@ -14,7 +14,7 @@ from torch_conv_triton.backend import compile_with
 from torch_conv_triton.graph.report import Recorder, Report
 
 
-def explain(model: Callable[..., Any], *args: Any, backward: bool = False, **kwargs: Any) -> Report:
+def explain(model: Callable[..., Any], /, *args: Any, backward: bool = False, **kwargs: Any) -> Report:
     """Compile and run `model(*args, **kwargs)` once, print what happened to every 1-D convolution, return it as a report.
 
     The sizes are those of the arguments; the graphs are compiled afresh whatever the caches hold, and nothing of it stays

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from torch_conv_triton import ops
 from torch_conv_triton.problem import KERNEL_DTYPES, single
@@ -52,7 +54,7 @@ def conv1d(
     """
     if not _runs_here(input, weight, bias):
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
-    stride, dilation = _integer(stride, "stride"), _integer(dilation, "dilation")
+    stride, dilation, groups = _integer(stride, "stride"), _integer(dilation, "dilation"), _index(groups, "groups")
     if isinstance(padding, str):
         input, padding = _string_padding(input, weight, stride, padding, dilation)
     else:
@@ -96,7 +98,7 @@ def conv_transpose1d(
         _integer(stride, "stride"),
         _integer(padding, "padding"),
         _integer(output_padding, "output_padding"),
-        groups,
+        _index(groups, "groups"),
         _integer(dilation, "dilation"),
     )
     if input.dim() == 2:
@@ -110,7 +112,10 @@ _CONV_TRANSPOSE1D = ops.ConvTranspose1d, ops.conv_transpose1d, torch.conv_transp
 
 def _call(operator, input: Tensor, *args) -> Tensor:
     # a graph holds the operator; in eager mode its autograd is run from here, which saves a pass through the dispatcher
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type):
+    if torch.compiler.is_compiling():
+        # the schema takes integers; a padding that follows from a length that changes is torch's business
+        return operator[1 if all(map(has_static_value, args[2:])) else 2](input, *args)
+    if torch.is_autocast_enabled(input.device.type):
         return operator[1](input, *args)
     return ops.differentiable(*operator, input, *args)
 
@@ -130,12 +135,19 @@ def _interpreted(input: Tensor) -> bool:
 
 
 def _integer(value: int | Sequence[int], name: str) -> int:
-    if type(value) is int:
+    return value if type(value) is int else _index(single(value, name), name, "an int or a list of one int")
+
+
+def _index(value: int, name: str, wanted: str = "an int") -> int:
+    """The integer that `value` is, NumPy's and a tensor's too, as torch reads them."""
+    if type(value) is int or isinstance(value, torch.SymInt):
         return value
-    value = single(value, name)
-    if not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int or a list of one int, but got {name}={value!r} of type {type(value).__name__}")
-    return value
+    try:
+        if type(value) is not bool:
+            return index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be {wanted}, but got {name}={value!r} of type {type(value).__name__}")
 
 
 def _string_padding(input: Tensor, weight: Tensor, stride: int, padding: str, dilation: int) -> tuple[Tensor, int]:
