@@ -86,6 +86,11 @@ def gemm_config(problem: Conv1dProblem, device: Device) -> Config:
     elif problem.dtype.itemsize == 4 and 128 < problem.C_out_per_group <= 256 and _fills_wide_tiles(problem, device):
         # 192 -> 192 K7 128x256x32 1.24, 128x128x16 1.41
         config = Config(128, 256, 32, num_warps=8, num_stages=4)
+    if not copy_to_nlc:
+        config = _spread(config, problem, device)
+        if config.BLOCK_M == config.BLOCK_N == 32 and not nlc and problem.flops < 100e6:
+            # weights in channel-major order need no packing, which is a launch of its own: 1x64x256 K3 4.0 us, 5.2 tap by tap
+            tap_major = False
     slice_length = problem.C_in_per_group * (1 if tap_major else problem.K)
     config = replace(
         config,
@@ -97,6 +102,27 @@ def gemm_config(problem: Conv1dProblem, device: Device) -> Config:
         copy_to_nlc=copy_to_nlc,
     )
     return fit(config, problem, device)
+
+
+def _spread(config: Config, problem: Conv1dProblem, device: Device) -> Config:
+    """Smaller tiles where large ones would leave most of the GPU without work."""
+
+    def tiles(BLOCK_M: int, BLOCK_N: int) -> int:
+        columns = problem.groups * -(-problem.C_out_per_group // BLOCK_N)
+        rows = -(-problem.L_out // BLOCK_M) * problem.N if problem.L_out >= BLOCK_M else -(-problem.N * problem.L_out // BLOCK_M)
+        return rows * columns
+
+    BLOCK_M, BLOCK_N = config.BLOCK_M, config.BLOCK_N
+    while tiles(BLOCK_M, BLOCK_N) < 0.75 * device.sm_count and max(BLOCK_M, BLOCK_N) > 32:
+        if BLOCK_M >= BLOCK_N:
+            BLOCK_M //= 2
+        else:
+            BLOCK_N //= 2
+    if (BLOCK_M, BLOCK_N) == (config.BLOCK_M, config.BLOCK_N):
+        return config
+    # us: 1x256x100 K3 32x32x32 10.1, 64x64x16 14.2, 64x128x16 17.6; 8x64x1024 K7 64x64x16 12.5; in fp16 32x32x64 8.5
+    BLOCK_K = (32 if problem.dtype.itemsize == 4 else 64) if BLOCK_M == 32 else config.BLOCK_K
+    return replace(config, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4, prefetch=False)
 
 
 def _tile_32bit(problem: Conv1dProblem, BLOCK_N: int, nlc: bool, tap_major: bool) -> Config:
@@ -216,7 +242,8 @@ def tma_config(problem: Conv1dProblem, device: Device) -> Config:
         BLOCK_M=128 if config.BLOCK_N >= 64 else 256,
         BLOCK_N=min(config.BLOCK_N, 128),
         BLOCK_K=min(BLOCK_K, channels & -channels),
-        num_warps=4,
+        # tensor cores of sm_100 leave the accumulators to an epilogue that spills with fewer
+        num_warps=8 if device.capability >= 100 else 4,
         num_stages=num_stages,
         weights_left=False,
     )

@@ -108,16 +108,27 @@ def conv_transpose1d(
 
 _CONV1D = ops.Conv1d, ops.conv1d, torch.conv1d
 _CONV_TRANSPOSE1D = ops.ConvTranspose1d, ops.conv_transpose1d, torch.conv_transpose1d
+_COMPUTE = {_CONV1D: ops.compute_conv1d, _CONV_TRANSPOSE1D: ops.compute_conv_transpose1d}
 
 
-def _call(operator, input: Tensor, *args) -> Tensor:
-    # a graph holds the operator; in eager mode its autograd is run from here, which saves a pass through the dispatcher
+def _call(operator, input: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> Tensor:
+    # a graph holds the operator
     if torch.compiler.is_compiling():
-        # the schema takes integers; a padding that follows from a length that changes is torch's business
-        return operator[1 if all(map(has_static_value, args[2:])) else 2](input, *args)
+        # its schema takes integers; a padding that follows from a length that changes is torch's business
+        return operator[1 if all(map(has_static_value, geometry)) else 2](input, weight, bias, *geometry)
     if torch.is_autocast_enabled(input.device.type):
-        return operator[1](input, *args)
-    return ops.differentiable(*operator, input, *args)
+        return operator[1](input, weight, bias, *geometry)
+    # in eager mode every pass through the dispatcher that nothing asks for is saved
+    unwatched = _nothing_watches(input) and _nothing_watches(weight) and (bias is None or _nothing_watches(bias))
+    if unwatched and torch._C._len_torch_dispatch_stack() == 0:
+        return _COMPUTE[operator](input, weight, bias, *geometry)
+    return ops.differentiable(*operator, input, weight, bias, *geometry)
+
+
+def _nothing_watches(tensor: Tensor) -> bool:
+    """Whether neither autograd nor a view that the dispatcher would resolve needs to see what becomes of a tensor."""
+    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+    return plain and not (tensor.requires_grad and torch.is_grad_enabled()) and not tensor.is_neg()
 
 
 def _runs_here(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

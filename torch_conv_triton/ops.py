@@ -46,7 +46,7 @@ _any_requires_grad = torch._C._any_requires_grad
 # what is computed, and the shapes that fake tensors need
 
 
-def _conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def compute_conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     stride, padding, dilation = _geometry(stride, padding, dilation)
     if input.is_complex():
         return _aten.conv1d.default(input, weight, bias, [stride], [padding], [dilation], groups)
@@ -62,7 +62,7 @@ def _conv1d_fake(input, weight, bias=None, stride=1, padding=0, dilation=1, grou
     return input.new_empty((input.shape[0], channels, length))
 
 
-def _conv_transpose1d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+def compute_conv_transpose1d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
     stride, padding, dilation = _geometry(stride, padding, dilation)
     output_padding = single(output_padding, "output_padding")
     if input.is_complex():
@@ -131,8 +131,8 @@ def _check_backward(grad_output, input, weight, stride, padding, dilation, group
 
 
 for _name, _kernel, _fake in (
-    ("conv1d", _conv1d, _conv1d_fake),
-    ("conv_transpose1d", _conv_transpose1d, _conv_transpose1d_fake),
+    ("conv1d", compute_conv1d, _conv1d_fake),
+    ("conv_transpose1d", compute_conv_transpose1d, _conv_transpose1d_fake),
     ("conv1d_input_grad", _conv1d_input_grad, _conv1d_input_grad_fake),
     ("conv1d_weight_grad", _conv1d_weight_grad, _conv1d_weight_grad_fake),
 ):

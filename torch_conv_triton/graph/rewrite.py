@@ -40,9 +40,9 @@ def rewrite_convolutions(graph: Graph, module_names: Mapping[str, str]) -> Itera
 def _reason_to_keep(conv: Convolution) -> str | None:
     problem = conv.problem()
     reason = reason_to_keep(conv) or dispatch.refusal(problem)
-    if reason is None and conv.device.compare_with_aten and launch_bound(problem) and conv.is_static:
-        # with sizes that change the operator decides at each call, here nothing would repay its call
-        reason = "so small that the launch decides, and aten's is the shorter"
+    if reason is None and conv.device.compare_with_aten and conv.is_static and launch_bound(problem) and conv.plan().is_aten:
+        # with sizes that change the operator decides at each call; here it would decide for aten each time, and only add to it
+        reason = conv.plan().reason
     if reason is None and not is_contiguous(value(conv.node)):
         reason = f"the graph relies on an output with strides {tuple(value(conv.node).stride())}, ours is contiguous"
     return reason
