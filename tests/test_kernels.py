@@ -1,5 +1,7 @@
 """Every kernel in Triton's interpreter against float64: named and random geometries, layouts, dtypes, memory full of NaN."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,6 +85,16 @@ def test_tensor_descriptors_serve_channels_last(dtype, layout):
 def test_phases_are_woven_together(case, layout, dtype):
     kernels = run_every_plan(case, dtype, layout)
     assert {"transposed", "transposed_tma", "dense" if case.stride == 1 else "transposed_interleaved"} <= set(kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [case for case in WOVEN if case.stride > 1], ids=str)
+def test_phases_are_woven_from_a_copy_of_many_channels(case, dtype):
+    tensors = make_inputs(case, dtype)
+    problem = case.problem(*tensors)
+    (plan,) = (p for p in dispatch.candidates(problem, dispatch.INTERPRETER) if p.kernel == "transposed_interleaved")
+    plan = replace(plan, config=replace(plan.config, copy_to_nlc=True))
+    check_case(case, lambda x, w, b: execute.forward_with(plan, problem, x, w, b), dtype)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -18,9 +18,9 @@ from torch_conv_triton.configs import (
     persistent_config,
     tma_config,
 )
-from torch_conv_triton.configs_transposed import interleaved_config, transposed_config, transposed_tma_config
+from torch_conv_triton.configs_transposed import copies_transposed, interleaved_config, transposed_config, transposed_tma_config
 from torch_conv_triton.problem import INT32_MAX, KERNEL_DTYPES, Conv1dProblem, dtype_name
-from torch_conv_triton.versus_aten import faster_in_aten, launch_bound
+from torch_conv_triton.versus_aten import faster_in_aten
 from torch_conv_triton.weave import Weave
 
 
@@ -197,7 +197,7 @@ def _transposed_by_preference(problem: Conv1dProblem, device: Device) -> list[Pl
     config = transposed_tma_config(problem, weave, device)
     if not transposed_tma_refusal(problem, weave, device, config):
         plan = Plan("transposed_tma", config, "all output phases of a tile together, from block copies of channels-last x")
-        plans.insert(len(plans) if _worth_block_copies(problem) else 0, plan)
+        plans.insert(len(plans) if copies_transposed(problem, weave) else 0, plan)
     return plans
 
 
@@ -208,17 +208,3 @@ def _as_plain(problem: Conv1dProblem) -> Conv1dProblem | None:
         return None
     stride_i, stride_o, stride_k = problem.w_strides
     return replace(problem, transposed=False, padding=padding, w_strides=(stride_o, stride_i, stride_k))
-
-
-def _worth_block_copies(problem: Conv1dProblem) -> bool:
-    """Whether a copy of x to NLC, read by block copies, is faster than x itself, gathered."""
-    channels = problem.C_in_per_group
-    if launch_bound(problem):
-        # descriptors are built anew on every call, which takes the host longer than such a kernel the GPU
-        return False
-    if problem.dtype.itemsize == 2:
-        # 128 -> 64 K4 s2 bf16 0.165 against 0.178, 64 -> 32 K4 s2 bf16 0.157 against 0.135
-        return problem.layout != "NLC" and channels >= 128 and problem.stride > 1
-    # 256 -> 128 K8 s4 0.063 against 0.071, 192 -> 96 K4 s2 0.526 against 0.515; in NLC 512 -> 256 K16 s8 0.118 against 0.123,
-    # 256 -> 128 K8 s4 0.063 against 0.056; 512 -> 512 K3 s1 0.101 against 0.141
-    return channels >= (512 if problem.layout == "NLC" else 256)

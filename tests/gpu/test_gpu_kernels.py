@@ -33,6 +33,9 @@ LARGE = (
     Case("three_tiles", 1, 192, 20000, 192, 7, padding=3),
     Case("many_channels_grouped", 2, 768, 499, 768, 16, padding=8, groups=16),
     Case("upsampled", 2, 256, 2400, 128, 8, stride=4, padding=2, transposed=True),
+    Case("upsampled_short", 64, 256, 40, 256, 8, stride=4, padding=2, transposed=True),
+    Case("upsampled_taps_left_over", 2, 512, 300, 128, 11, stride=5, padding=3, transposed=True),
+    Case("transposed_stride_1", 2, 256, 1500, 256, 5, padding=1, dilation=2, transposed=True),
     Case("short", 256, 512, 8, 512, 5, padding=2),
 )
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import (
+    OFFSET_LIMIT,
     dot_precision,
     dot_tile,
     load_w_tile,
@@ -22,6 +23,7 @@ from torch_conv_triton.kernels.common import (
     widen,
 )
 from torch_conv_triton.kernels.launch import launch, workspace
+from torch_conv_triton.kernels.layout import channels_last_copy
 from torch_conv_triton.problem import ceil_pow2
 from torch_conv_triton.weave import Weave
 
@@ -259,12 +261,14 @@ def accumulate_taps(
     return acc
 
 
-@triton.jit(do_not_specialize=["tiles_m", "tiles_n"])
+@triton.jit(do_not_specialize=["N", "L_ROWS", "tiles_m", "tiles_n"])
 def conv1d_transposed_interleaved_fwd_kernel(
-    x_ptr,  # (N, C_in, L_in), any strides
+    x_ptr,  # (N, C_in, L_in), any strides; with FLATTEN all samples as one
     w_ptr,  # (C_out * ROWS, TAPS * C_in / groups)
     b_ptr,  # (C_out,), or unused
     y_ptr,  # (N, C_out, L_out), any strides
+    N,
+    L_ROWS,
     L_in,
     L_out,
     C_OUT,  # per group
@@ -275,7 +279,7 @@ def conv1d_transposed_interleaved_fwd_kernel(
     stride_yn,
     stride_yc,
     stride_yl,
-    tiles_m,
+    tiles_m,  # of one sample, or of all with FLATTEN
     tiles_n,
     GROUPS: tl.constexpr,
     C_IN: tl.constexpr,  # per group
@@ -288,6 +292,7 @@ def conv1d_transposed_interleaved_fwd_kernel(
     ROUND_X: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    FLATTEN: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -301,7 +306,7 @@ def conv1d_transposed_interleaved_fwd_kernel(
     sample = (pid // (tiles_n * GROUPS * tiles_m)).to(tl.int64)
 
     start = widen(tile_m, INT64) * BLOCK_M
-    q = start + (PADDING // STRIDE + tl.arange(0, BLOCK_M))
+    q = start + ((0 if FLATTEN else PADDING // STRIDE) + tl.arange(0, BLOCK_M))
     # rows past the last output read x like any other: a mask that is not constant over 16 bytes would break up its vectors
     row_mask = tl.full((BLOCK_M,), True, tl.int1)
     rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -362,8 +367,8 @@ def conv1d_transposed_interleaved_fwd_kernel(
         acc,
         start,
         tile_n,
-        1,
-        1,
+        N,
+        L_ROWS,
         L_out,
         C_OUT,
         stride_yn,
@@ -374,11 +379,30 @@ def conv1d_transposed_interleaved_fwd_kernel(
         SPACING,
         ROWS,
         HAS_BIAS,
-        False,
+        FLATTEN,
         INT64,
         BLOCK_M,
         BLOCK_N,
     )
+
+
+def rows_of_samples(
+    x: Tensor, weave: Weave, stride: int, padding: int, L_out: int, tf32: bool, BLOCK_M: int
+) -> tuple[Tensor, bool, int]:
+    """A copy of x ``(N, C_in, L_in)`` as ``(N, rows, C_in)``, with rows of zeros between samples, rounded to TF32 if `tf32`.
+
+    Also whether tiles of BLOCK_M rows shall run over all samples as over one long signal, and how many there are, of all samples
+    or else of one.
+    """
+    N, _, L_in = x.shape
+    positions = (L_out - 1 + padding) // stride + 1
+    # zeros follow each sample as far as its last position, and as far as the next sample's first reads back
+    rows = channels_last_copy(x, multiple=max(L_in + weave.reach, positions), rounded=tf32).transpose(1, 2)
+    # a tile over several samples stores single values, not vectors: worth it where a sample leaves much of its last tile empty
+    positions -= padding // stride
+    tiles = triton.cdiv(positions, BLOCK_M)
+    flatten = N > 1 and 8 * (tiles * BLOCK_M - positions) > positions
+    return rows, flatten, triton.cdiv(N * rows.shape[1], BLOCK_M) if flatten else tiles
 
 
 def conv1d_transposed_interleaved(
@@ -394,21 +418,28 @@ def conv1d_transposed_interleaved(
     config,
 ) -> None:
     """As `conv1d_transposed`, where `Weave.of` finds a weave. BLOCK_N holds all rows of a channel if its phases lie apart."""
-    N, _, L_in = x.shape
+    N, C_total, L_in = x.shape
     _, C_out, L_out = y.shape
     weave = Weave.of(weight.shape[2], stride, dilation)
-    C_in = weight.shape[0] // groups
-    rows = weave.rows(C_in)
+    rows = weave.rows(C_total // groups)
     packed = pack_interleaved(weight, groups, weave, tf32)
+    L_rows, flatten = 1, False
     tiles_m = triton.cdiv((L_out - 1 + padding) // stride - padding // stride + 1, config.BLOCK_M)
+    if config.copy_to_nlc:
+        x_rows, flatten, tiles_m = rows_of_samples(x, weave, stride, padding, L_out, tf32, config.BLOCK_M)
+        L_rows = x_rows.shape[1]
+        L_in = N * L_rows if flatten else L_rows
+        x = x_rows.transpose(1, 2)
     tiles_n = triton.cdiv(C_out // groups * rows, config.BLOCK_N)
     launch(
         conv1d_transposed_interleaved_fwd_kernel,
-        (tiles_n * groups * tiles_m * N,),
+        (tiles_n * groups * tiles_m * (1 if flatten else N),),
         x,
         packed,
         bias if bias is not None else packed,
         y,
+        N,
+        L_rows,
         L_in,
         L_out,
         C_out // groups,
@@ -418,17 +449,18 @@ def conv1d_transposed_interleaved(
         tiles_m,
         tiles_n,
         GROUPS=groups,
-        C_IN=C_in,
+        C_IN=C_total // groups,
         K=weight.shape[2],
         STRIDE=stride,
         PADDING=padding,
         SPACING=weave.spacing,
         ROWS=rows,
         TAPS=weave.taps,
-        ROUND_X=tf32,
+        ROUND_X=tf32 and not config.copy_to_nlc,
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,
-        INT64=needs_int64(x, y),
+        FLATTEN=flatten,
+        INT64=needs_int64(x, y) or N * L_rows * C_total > OFFSET_LIMIT,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

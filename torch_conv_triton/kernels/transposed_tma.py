@@ -15,8 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, widen
 from torch_conv_triton.kernels.launch import launch
-from torch_conv_triton.kernels.layout import channels_last_copy
-from torch_conv_triton.kernels.transposed_interleaved import mask_phases, pack_interleaved, store_interleaved
+from torch_conv_triton.kernels.transposed_interleaved import mask_phases, pack_interleaved, rows_of_samples, store_interleaved
 from torch_conv_triton.weave import Weave
 
 
@@ -134,22 +133,14 @@ def conv1d_transposed_tma(
     config,
 ) -> None:
     """As `conv1d_transposed_interleaved`, for x that `dispatch.transposed_tma_refusal` accepts."""
-    N, C_total, L_in = x.shape
+    N, C_total, _ = x.shape
     _, C_out, L_out = y.shape
     weave = Weave.of(weight.shape[2], stride, dilation)
     C_in = C_total // groups
     rows = weave.rows(C_in)
     packed = pack_interleaved(weight, groups, weave, tf32)
-    positions = (L_out - 1 + padding) // stride + 1
-    # zeros follow each sample as far as its last position, and as far as the next sample's first reads back
-    L_rows = max(L_in + weave.reach, positions)
-    x_rows = channels_last_copy(x, multiple=L_rows, rounded=tf32).transpose(1, 2).flatten(0, 1)
-    # a tile over several samples stores single values, not vectors: worth it where a sample leaves much of its last tile empty
-    positions -= padding // stride
-    tiles_m = triton.cdiv(positions, config.BLOCK_M)
-    flatten = N > 1 and 8 * (tiles_m * config.BLOCK_M - positions) > positions
-    if flatten:
-        tiles_m = triton.cdiv(N * L_rows, config.BLOCK_M)
+    x_rows, flatten, tiles_m = rows_of_samples(x, weave, stride, padding, L_out, tf32, config.BLOCK_M)
+    L_rows = x_rows.shape[1]
     tiles_n = triton.cdiv(C_out // groups * rows, config.BLOCK_N)
     if x.is_cuda:
         # The driver encodes descriptors in the thread's current context, which a thread that has made no runtime call does
@@ -158,7 +149,7 @@ def conv1d_transposed_tma(
     launch(
         conv1d_transposed_tma_fwd_kernel,
         (tiles_n * groups * tiles_m * (1 if flatten else N),),
-        TensorDescriptor(x_rows, [N * L_rows, C_total], [C_total, 1], [config.BLOCK_M, config.BLOCK_K]),
+        TensorDescriptor(x_rows.flatten(0, 1), [N * L_rows, C_total], [C_total, 1], [config.BLOCK_M, config.BLOCK_K]),
         TensorDescriptor(packed, list(packed.shape), list(packed.stride()), [config.BLOCK_N, config.BLOCK_K]),
         bias if bias is not None else packed,
         y,
