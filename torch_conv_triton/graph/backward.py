@@ -14,9 +14,11 @@ from torch.fx import Graph, Node
 
 from torch_conv_triton import dispatch
 from torch_conv_triton.dispatch import Plan
+from torch_conv_triton.dispatch_gradients import input_grad_problem, plan_input_grad, plan_weight_grad, weight_grad_problem
 from torch_conv_triton.graph.convolution import (
     Convolution,
     aten,
+    hint,
     is_contiguous,
     named_arguments,
     read,
@@ -31,7 +33,6 @@ ops = torch.ops.triton_conv
 
 KINDS = ("input_grad", "weight_grad")
 BIAS = 2
-ATEN = dispatch.aten("aten computes it inside our operator, so new lengths do not compile again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +116,22 @@ def _input_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
         call = graph.call_function(ops.conv1d.default, (backward.grad_output, conv.weight, None, *geometry))
         return call, dispatch.plan(problem, conv.device)
     arguments = (backward.grad_output, conv.weight, _size(graph, conv.input, 2), *geometry)
-    return graph.call_function(ops.conv1d_input_grad.default, arguments), ATEN
+    sizes = stand_in(value(backward.grad_output)), stand_in(value(conv.weight)), hint(value(conv.input).shape[2])
+    plan = plan_input_grad(input_grad_problem(*sizes, conv.stride, conv.padding, conv.dilation, conv.groups), conv.device)
+    return graph.call_function(ops.conv1d_input_grad.default, arguments), plan
 
 
 def _weight_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
     conv = backward.conv
     pair = (conv.input, backward.grad_output) if conv.transposed else (backward.grad_output, conv.input)
     arguments = (*pair, _size(graph, conv.weight, 2), *_geometry(conv))
-    return graph.call_function(ops.conv1d_weight_grad.default, arguments), ATEN
+    sizes = *(stand_in(value(node)) for node in pair), hint(value(conv.weight).shape[2])
+    plan = plan_weight_grad(weight_grad_problem(*sizes, conv.stride, conv.padding, conv.dilation, conv.groups), conv.device)
+    return graph.call_function(ops.conv1d_weight_grad.default, arguments), plan
 
 
 def _bias_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
-    return graph.call_function(aten.sum.dim_IntList, (backward.grad_output, [0, 2])), ATEN
+    return graph.call_function(aten.sum.dim_IntList, (backward.grad_output, [0, 2])), dispatch.aten("a sum")
 
 
 def _geometry(conv: Convolution) -> tuple[list[int], list[int], list[int], int]:
