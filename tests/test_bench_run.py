@@ -256,6 +256,20 @@ class TestCommand:
         assert command.main(arguments(*argv)) == 2
         assert message in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (("--rounds", "0"), "argument --rounds: must be above zero, got 0"),
+            (("--ms", "0"), "argument --ms: must be above zero, got 0"),
+            (("--timeout", "nan"), "argument --timeout: must be above zero, got nan"),
+            (("--rounds", "2.5"), "argument --rounds: invalid int value: '2.5'"),
+        ],
+    )
+    def test_numbers_that_measure_nothing_are_refused(self, argv, message, capsys):
+        with pytest.raises(SystemExit):
+            arguments(*argv)
+        assert message in capsys.readouterr().err
+
     def test_right_cases_give_status_0_and_a_file(self, measured, tmp_path, capsys):
         path = tmp_path / "r.json"
         assert command.main(arguments("--cases", "p01,s_", "--peers", "cudnn", "--no-isolate", "--json", str(path))) == 0

@@ -112,6 +112,12 @@ class TestExplain:
         assert cli.main(["explain", "some_models:build", "--device", "cuda"]) == 2
         assert "--device cuda: this PyTorch" in capsys.readouterr().err
 
+    def test_a_device_that_does_not_exist(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["explain", "some_models:build", "--device", "gpu"])
+        assert stop.value.code == 2
+        assert "argument --device" in capsys.readouterr().err
+
 
 class TestDoctor:
     def test_a_sound_installation_passes_in_the_interpreter(self):

@@ -79,7 +79,14 @@ def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.Argum
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", type=torch.device, help="where it runs (default: cuda where there is one, else cpu)")
+    parser.add_argument("--device", type=_torch_device, help="where it runs (default: cuda where there is one, else cpu)")
+
+
+def _torch_device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,11 +63,16 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P,Q",
         help=f"all, quick (default: none that compiles), none, or some of {', '.join(PEERS)}",
     )
-    how.add_argument("--rounds", type=int, default=3, metavar="INT", help="turns that each contestant has (default 3)")
+    how.add_argument("--rounds", type=_positive(int), default=3, metavar="INT", help="turns that each contestant has (default 3)")
     how.add_argument(
-        "--ms", type=float, metavar="MS", help="time for each contestant of a case in all (default 200; --models: 1000)"
+        "--ms",
+        type=_positive(float),
+        metavar="MS",
+        help="time for each contestant of a case in all (default 200; --models: 1000)",
     )
-    how.add_argument("--timeout", type=float, metavar="S", help="seconds that a case may take (default 300; --models: 900)")
+    how.add_argument(
+        "--timeout", type=_positive(float), metavar="S", help="seconds that a case may take (default 300; --models: 900)"
+    )
     how.add_argument(
         "--isolate",
         action=argparse.BooleanOptionalAction,
@@ -79,6 +84,18 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", metavar="PATH", help="write the results here, after every case")
     output.add_argument("--plot", metavar="PATH", help="write a plot of each case's share of the floor here (.png, .svg, .pdf)")
     output.add_argument("--commit", metavar="ID", help="commit to record, where the package is not a git checkout")
+
+
+def _positive(number: Callable[[str], float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = number(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be above zero, got {text}")
+        return value
+
+    # argparse names it where the text is no number
+    read.__name__ = number.__name__
+    return read
 
 
 def main(args: argparse.Namespace) -> int:
