@@ -1,6 +1,7 @@
 """The operators' contracts with PyTorch: schemas, fake tensors, autograd, autocast, vmap, export and checkpointing."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -170,3 +171,30 @@ def test_bad_arguments_name_themselves(bad):
         OPS.conv1d(torch.randn(2, 4, 9), torch.randn(4, 4, 3), **bad)
     with pytest.raises(RuntimeError, match=f"{name}={value}"):
         OPS.conv1d(torch.randn(2, 4, 9, device="meta"), torch.randn(4, 4, 3, device="meta"), **bad)
+
+
+def in_float64(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def every_operator(groups):
+    """Sizes of the tensors of a small call of each operator, and what follows them."""
+    return {
+        OPS.conv1d: ([(2, 4, 9), (6, 4 // groups, 3), (6,)], (2, 1, 2, groups)),
+        OPS.conv_transpose1d: ([(2, 4, 9), (4, 6 // groups, 3), (6,)], (2, 1, 1, groups, 1)),
+        OPS.conv1d_input_grad: ([(2, 6, 4), (6, 4 // groups, 3)], (9, 2, 1, 2, groups)),
+        OPS.conv1d_weight_grad: ([(2, 6, 4), (2, 4, 9)], (3, 2, 1, 2, groups)),
+    }
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("operator", every_operator(1), ids=str)
+def test_vmap_over_any_tensors_is_a_loop(operator, groups):
+    shapes, geometry = every_operator(groups)[operator]
+    for mapped in itertools.product([False, True], repeat=len(shapes)):
+        if any(mapped):
+            tensors = [in_float64(5, *shape) if m else in_float64(*shape) for shape, m in zip(shapes, mapped, strict=True)]
+            in_dims = tuple(0 if m else None for m in mapped)
+            actual = torch.vmap(lambda *args: operator(*args, *geometry), in_dims)(*tensors)
+            calls = ([t[i] if m else t for t, m in zip(tensors, mapped, strict=True)] for i in range(5))
+            torch.testing.assert_close(actual, torch.stack([operator(*args, *geometry) for args in calls]))
