@@ -158,3 +158,11 @@ def test_a_padding_that_follows_from_a_changing_length_is_traced_too(argument):
         x = torch.randn(2, 4, length)
         assert relative_error(compiled(x), convolve(F, x)) < 1e-3
     assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_jit_trace_keeps_the_operator():
+    traced = torch.jit.trace(lambda x: functional.conv1d(x, W, stride=2), X)
+    assert "triton_conv::conv1d" in str(traced.graph)
+    x = torch.randn(3, 4, 12)
+    assert relative_error(traced(x), F.conv1d(x, W, stride=2)) < 1e-3

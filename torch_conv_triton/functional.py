@@ -120,7 +120,7 @@ def _call(operator, input: Tensor, weight: Tensor, bias: Tensor | None, *geometr
         return operator[1](input, weight, bias, *geometry)
     # in eager mode every pass through the dispatcher that nothing asks for is saved
     unwatched = _nothing_watches(input) and _nothing_watches(weight) and (bias is None or _nothing_watches(bias))
-    if unwatched and torch._C._len_torch_dispatch_stack() == 0:
+    if unwatched and torch._C._len_torch_dispatch_stack() == 0 and torch._C._get_tracing_state() is None:
         return _COMPUTE[operator](input, weight, bias, *geometry)
     return ops.differentiable(*operator, input, weight, bias, *geometry)
 
