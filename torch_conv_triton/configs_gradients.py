@@ -1,4 +1,7 @@
-"""Launch parameters of the weight-gradient kernels without tuning, by rules that were measured."""
+"""Launch parameters of the weight-gradient kernels without tuning, by rules that were measured.
+
+Figures in comments are ms on an H200 of cases of the benchmark suite, named with BLOCK_O x BLOCK_C x BLOCK_L.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from torch_conv_triton.configs import Device
-from torch_conv_triton.problem import Conv1dProblem, ceil_pow2, layout_of
+from torch_conv_triton.problem import Conv1dProblem, ceil_pow2
 
 # bytes of partial sums that a weight gradient may allocate
 WORKSPACE_BYTES = 64 * 2**20
@@ -22,8 +25,8 @@ class WeightGradConfig:
     A column is an input channel at a tap; `tap_major`: the channels of one tap follow each other, else the taps of one channel.
     In the depthwise kernel BLOCK_C counts taps, in the banded one it is the length of a row. `splits`: shares that the positions
     are cut into, each a float32 copy of the gradient in the workspace unless there is one only. `grad_left` puts grad_output on
-    the left of the product. `prefetch`: blocks are loaded ahead into registers instead of shared memory. `copy_to_nlc`: x is
-    first copied to NLC, a workspace of the size of x.
+    the left of the product. `prefetch`: blocks are loaded ahead into registers instead of shared memory. `copy_to_nlc`: what
+    of grad_output and x is not NLC is copied to NLC first, a workspace of their size.
     """
 
     BLOCK_O: int
@@ -43,44 +46,90 @@ class WeightGradConfig:
         return " ".join([blocks, f"w{self.num_warps}", f"s{self.num_stages}", f"{self.splits} splits", *flags])
 
 
-def with_splits(config: WeightGradConfig, programs: int, partial_bytes: int, problem: Conv1dProblem, device: Device):
-    """The config with as many splits as fill the device about twice, keep sums short and fit the workspace.
+def with_splits(
+    config: WeightGradConfig, programs: int, per_sm: int, partial_bytes: int, problem: Conv1dProblem, device: Device
+) -> WeightGradConfig:
+    """The config with as many splits as give each multiprocessor `per_sm` programs, keep sums short and fit the workspace.
 
     `programs` run for one split, whose partial sums take `partial_bytes`.
     """
     blocks = problem.N * -(-problem.L_out // config.BLOCK_L)
-    wanted = max(2 * device.sm_count // programs, problem.N * problem.L_out // POSITIONS_PER_SPLIT)
+    wanted = max(per_sm * device.sm_count // programs, problem.N * problem.L_out // POSITIONS_PER_SPLIT)
     # a program with little to sum spends its time on beginning and ending
     return replace(config, splits=max(1, min(wanted, blocks // 4, WORKSPACE_BYTES // partial_bytes)))
 
 
 def weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:
     """Tile of the weight gradient as a matrix product; x is the problem's input and y's strides are those of grad_output."""
-    C_in, C_out = problem.C_in_per_group, problem.C_out_per_group
-    nlc = problem.layout == "NLC"
-    tap_major = nlc and C_in >= 16
-    columns = C_in * problem.K
-    BLOCK_O = min(128, max(16, ceil_pow2(C_out)))
-    BLOCK_C = min(128, max(16, ceil_pow2(C_in if tap_major and C_in >= 64 else columns)))
-    half = problem.dtype.itemsize == 2
-    config = WeightGradConfig(
-        BLOCK_O,
-        BLOCK_C,
-        64 if half else 32,
-        num_warps=8 if BLOCK_O * BLOCK_C >= 128 * 128 else 4,
-        tap_major=tap_major,
-        # the left operand is the M of the product, of which warp-group instructions need 64
-        grad_left=BLOCK_O >= 64 or BLOCK_C < 64,
-        prefetch=half and not nlc,
-    )
+    if problem.layout == "NLC":
+        config = _tile_of_rows(problem)
+    else:
+        config = _gathered_tile_16bit(problem) if problem.dtype.itemsize == 2 else _gathered_tile_32bit(problem)
     three_products = problem.dtype == torch.float32 and problem.precision == "ieee"
     if device.capability not in (90, 100) or three_products:
         # accumulators and operands share the registers
         config = replace(config, BLOCK_O=min(config.BLOCK_O, 64), BLOCK_C=min(config.BLOCK_C, 64), num_warps=4)
+    # On the left lies the M of the product, of which warp-group instructions need 64.
+    config = replace(config, grad_left=config.BLOCK_O >= 64 or config.BLOCK_C < 64)
     while config.num_stages > 1 and pipeline_bytes(config, problem.dtype.itemsize) > device.shared_memory - 4096:
         config = replace(config, num_stages=config.num_stages - 1)
-    programs = -(-C_out // config.BLOCK_O) * -(-columns // config.BLOCK_C) * problem.groups
-    return with_splits(config, programs, 4 * problem.C_out * columns, problem, device)
+    columns = problem.C_in_per_group * problem.K
+    programs = -(-problem.C_out_per_group // config.BLOCK_O) * -(-columns // config.BLOCK_C) * problem.groups
+    per_sm = 2 if config.BLOCK_O * config.BLOCK_C >= 64 * 128 else 4
+    return with_splits(config, programs, per_sm, 4 * problem.C_out * columns, problem, device)
+
+
+def _blocks(problem: Conv1dProblem, columns: int) -> tuple[int, int]:
+    """BLOCK_O, and BLOCK_C of at most `columns`: powers of two that the problem fills."""
+    BLOCK_O = min(128, max(16, ceil_pow2(problem.C_out_per_group)))
+    return BLOCK_O, min(columns, max(16, ceil_pow2(problem.C_in_per_group * problem.K)))
+
+
+def _tile_of_rows(problem: Conv1dProblem) -> WeightGradConfig:
+    """x in NLC: a column's channels are contiguous, and loads are wide."""
+    C_in = problem.C_in_per_group
+    if problem.dtype.itemsize == 4:
+        # s_seed 128x64x64 2.19, 128x64x32 2.56; x_hifi32_k3 32x32x64 0.151, 32x128x32 0.256
+        BLOCK_O, BLOCK_C = _blocks(problem, min(64, max(16, ceil_pow2(C_in))) if C_in >= 16 else 64)
+        return WeightGradConfig(BLOCK_O, BLOCK_C, 64, num_warps=4, tap_major=C_in >= 16)
+    if C_in < 64:
+        # x_hifi32 32x256x64 0.150, 32x128x32 0.189; p28 64x128x64 0.341
+        BLOCK_O, BLOCK_C = _blocks(problem, 256 if problem.C_out_per_group <= 32 else 128)
+        return WeightGradConfig(BLOCK_O, BLOCK_C, 64, num_warps=4, tap_major=C_in >= 16)
+    # p08 128x128x64 0.888, 128x64x64 1.2; s_seed 128x64x64 w4 0.765, p04 (192 channels) 0.039
+    BLOCK_O, BLOCK_C = _blocks(problem, 128 if C_in % 128 == 0 else 64)
+    return WeightGradConfig(BLOCK_O, BLOCK_C, 64, num_warps=8 if BLOCK_O * BLOCK_C == 128 * 128 else 4, tap_major=True)
+
+
+def _gathered_tile_32bit(problem: Conv1dProblem) -> WeightGradConfig:
+    """x in NCL or strided: taps shift along the contiguous dimension. Blocks go through registers to be rounded anyway."""
+    C_in, C_out = problem.C_in_per_group, problem.C_out_per_group
+    # s_seed 128x64x32 w4 2.58, prefetched into shared memory 14.7; p17 16x128x32 tap_major 0.244, not 0.30
+    BLOCK_O, BLOCK_C = _blocks(problem, 64 if C_out > 64 else 128)
+    config = WeightGradConfig(BLOCK_O, BLOCK_C, 32 if BLOCK_C > 16 else 64, num_stages=1, prefetch=True, tap_major=C_in >= 32)
+    if C_out > 64:
+        # taps first where a tile is one tap: s_kb64 w8 3.33, w4 3.57; s_seed not 2.58, tap_major 3.0
+        whole = C_in >= 128 and C_in % 64 == 0
+        return replace(config, tap_major=whole, num_warps=8 if whole else 4)
+    return config
+
+
+def _gathered_tile_16bit(problem: Conv1dProblem) -> WeightGradConfig:
+    """x in NCL or strided: two bytes at a time, so many channels are worth a copy to NLC."""
+    C_in, C_out = problem.C_in_per_group, problem.C_out_per_group
+    if min(C_in, C_out) >= 128 and problem.K > 1:
+        # p08 128x256x64 1.25, 128x128x64 1.34, without the copy 2.53; p16 128x64x64 0.212, without 0.356; p10 0.350, 0.733
+        long = problem.N * problem.L_out >= 100_000
+        BLOCK_C = 64 if not long else 256 if C_in % 256 == 0 else 128
+        return WeightGradConfig(128, BLOCK_C, 64, num_warps=8 if long else 4, tap_major=True, copy_to_nlc=True)
+    if C_out > 64:
+        # s_seed 128x64x128 1.77, 128x64x64 1.84; x_dna 0.512, 0.606; p11 (10 columns) 128x16x64 0.217
+        BLOCK_O, BLOCK_C = _blocks(problem, 64)
+        return WeightGradConfig(BLOCK_O, BLOCK_C, 128 if BLOCK_C == 64 else 64, num_warps=8, num_stages=1, prefetch=True)
+    # x_hifi32_bf16 32x256x32 w8 tap_major 0.497, not 0.66; x_pos 64x128x64 w4 tap_major 0.634, not 0.79
+    BLOCK_O, BLOCK_C = _blocks(problem, 128 if C_out > 32 else 256)
+    BLOCK_L, num_warps = (64, 4) if BLOCK_C <= 128 else (32, 8)
+    return WeightGradConfig(BLOCK_O, BLOCK_C, BLOCK_L, num_warps=num_warps, num_stages=1, prefetch=True, tap_major=C_in >= 32)
 
 
 def pipeline_bytes(config: WeightGradConfig, itemsize: int) -> int:
@@ -89,28 +138,31 @@ def pipeline_bytes(config: WeightGradConfig, itemsize: int) -> int:
 
 
 def depthwise_weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:
-    """Tiles that are wide along the contiguous dimension of grad_output and x."""
-    BLOCK_K = min(8, ceil_pow2(problem.K))
-    per_vector = 16 // problem.dtype.itemsize
+    """Tiles that are wide along the contiguous dimension of x, small, and many."""
+    BLOCK_K = min(4, ceil_pow2(problem.K))
     if problem.layout == "NLC":
-        channels = min(64, max(16, ceil_pow2(problem.C_out)))
-        config = WeightGradConfig(channels, BLOCK_K, 2 * 32 * per_vector // channels, num_warps=2, num_stages=1)
+        # p20 128x4x8 0.148, 64x4x32 0.172; p29 128x4x4 0.040, 128x8x16 0.044
+        config = WeightGradConfig(min(128, max(16, ceil_pow2(problem.C_out))), BLOCK_K, 8, num_stages=1)
+    elif problem.L_out < 16:
+        # p24 0.0092
+        config = WeightGradConfig(4, BLOCK_K, 32, num_warps=1, num_stages=1)
     else:
-        length = min(256, max(16, ceil_pow2(problem.L_out)))
-        config = WeightGradConfig(min(512 // length, ceil_pow2(problem.C_out)), BLOCK_K, length, num_warps=4, num_stages=1)
+        # x_tasnet 2x4x512 0.096, 8x4x128 0.102; p32 2x4x512 0.027
+        length = min(512, ceil_pow2(problem.L_out))
+        config = WeightGradConfig(min(1024 // length, ceil_pow2(problem.C_out)), BLOCK_K, length, num_warps=2, num_stages=1)
     programs = -(-problem.C_out // config.BLOCK_O) * -(-problem.K // BLOCK_K)
-    return with_splits(config, programs, 4 * problem.C_out * problem.K, problem, device)
+    return with_splits(config, programs, 8, 4 * problem.C_out * problem.K, problem, device)
 
 
 def banded_weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:
-    """Rows of 16 positions, 32 for long filters; a program walks over the positions of a few channels."""
-    R = 16 if problem.K <= 16 else 32
-    BLOCK_O = 4 if problem.layout == "NCL" else 16
-    config = WeightGradConfig(BLOCK_O, R, 16 * R, num_warps=4, num_stages=2)
-    programs = -(-problem.C_out // BLOCK_O)
-    return with_splits(config, programs, 4 * problem.C_out * (problem.K + R - 1) * R, problem, device)
-
-
-def grad_layout(problem: Conv1dProblem) -> str:
-    """Layout of grad_output, whose strides are the problem's y_strides."""
-    return layout_of(problem.y_strides, problem.C_out, problem.L_out)
+    """Rows of 16 or 32 positions; a program walks over the positions of a few channels."""
+    if problem.layout == "NLC":
+        # x_conformer_nlc 8x16x256 w8 0.065
+        config = WeightGradConfig(8, 16, 256, num_warps=8, num_stages=2)
+    else:
+        # x_conformer 4x32x512 0.059, 8x16x512 0.062; p27 4x32x512 0.071
+        R = 16 if problem.K <= 16 else 32
+        config = WeightGradConfig(4, R, 16 * R, num_warps=4, num_stages=2)
+    programs = -(-problem.C_out // config.BLOCK_O)
+    R = config.BLOCK_C
+    return with_splits(config, programs, 2, 4 * problem.C_out * (problem.K + R - 1) * R, problem, device)

@@ -1,7 +1,7 @@
 """Which kernel computes a gradient, with which config, and why. Pure, as `dispatch` is.
 
-The gradient of the input is a convolution of its own: transposed, or plain with the taps reversed where the stride is 1, so the
-kernels of the forward compute it. The gradient of the weight has kernels of its own.
+The gradient of the input is a convolution of grad_output, mostly a transposed one, so the kernels of the forward compute it. The
+gradient of the weight has kernels of its own.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def input_grad_problem(
 ) -> Conv1dProblem:
     """The convolution of grad_output ``(N, C_out, L_out)`` that is the gradient of the input ``(N, C_in, input_length)``.
 
-    At stride 1 it is plain, with the taps reversed (see `gradients.reversed_weight`), unless the padding is too wide for that;
-    else it is transposed, and what the forward left over at the end of the input is its output padding.
+    It is a transposed one, and what the forward left over at the end of the input is its output padding. A depthwise one at
+    stride 1 is plain, with the taps of the weight reversed, unless the padding is too wide for that.
     """
     N, C_out, L_out = grad_output.shape
     _, C_in_per_group, K = weight.shape
     C_in, reach = C_in_per_group * groups, dilation * (K - 1)
-    transposed = stride > 1 or padding > reach
+    transposed = not C_out == C_in == groups > 1 or stride > 1 or padding > reach
     if transposed:
         w_strides = weight.stride()
         output_padding = input_length - output_length(L_out, K, stride, padding, dilation, True)
@@ -135,5 +135,5 @@ def weight_grad_candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan
 
 
 def prefers_banded(problem: Conv1dProblem) -> bool:
-    """Whether tensor cores pay for a depthwise weight gradient."""
-    return problem.K >= 5 and problem.layout == "NCL" and problem.L_out >= 128
+    """Whether tensor cores pay for a depthwise weight gradient: x_conformer_nlc 0.065 against 0.169, p29 0.094 against 0.040."""
+    return (16 if problem.layout == "NLC" else 5) <= problem.K and problem.L_out >= 128

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from torch_conv_triton import dispatch
+from torch_conv_triton.calls import Call, remember, run, signature
 from torch_conv_triton.dispatch import Plan
 from torch_conv_triton.problem import Conv1dProblem, check_arguments, current_precision
 
-if TYPE_CHECKING:
-    from torch_conv_triton.kernels.launch import Recording
-
-
-@dataclass(slots=True)
-class _Call:
-    """What is decided by everything of a call but its values and addresses. `recording`: its launches, once they were made."""
-
-    problem: Conv1dProblem
-    plan: Plan
-    recording: Recording | None = None
-
-
-_MAX_CALLS = 4096
-_calls: dict[tuple, _Call] = {}
+_calls: dict[tuple, Call] = {}
 
 
 def forward(
@@ -45,27 +29,20 @@ def forward(
     A call like an earlier one is neither checked nor planned again, and its launches are repeated from a recording.
     """
     geometry = stride, padding, dilation, groups, transposed, output_padding
-    key = geometry, current_precision(x.dtype), _signature(x), _signature(weight), bias is not None and _signature(bias)
+    key = geometry, current_precision(x.dtype), signature(x), signature(weight), bias is not None and signature(bias)
     call = _calls.get(key)
     if call is None:
         check_arguments(x, weight, bias, *geometry)
         problem = Conv1dProblem.from_tensors(x, weight, bias, *geometry)
-        call = _Call(problem, dispatch.plan(problem, dispatch.device_for(x.device)))
-        if len(_calls) >= _MAX_CALLS:
-            _calls.clear()
-        _calls[key] = call
+        call = remember(_calls, key, Call(problem, dispatch.plan(problem, dispatch.device_for(x.device))))
     if call.plan.is_aten:
         return _aten(call.problem, x, weight, bias)
-    return _run(call, x, weight, bias)
-
-
-def _signature(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
+    return run_kernels(call, x, weight, bias)
 
 
 def forward_with(plan: Plan, problem: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run one given plan of `dispatch.candidates`, or aten."""
-    return _aten(problem, x, weight, bias) if plan.is_aten else _run(_Call(problem, plan), x, weight, bias)
+    return _aten(problem, x, weight, bias) if plan.is_aten else run_kernels(Call(problem, plan), x, weight, bias)
 
 
 def _aten(p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,34 +52,13 @@ def _aten(p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     ).contiguous()
 
 
-def _run(call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    p = call.problem
+def run_kernels(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run a call whose plan is not aten."""
     if bias is not None:
         bias = bias.contiguous()
-    y = x.new_empty((p.N, p.C_out, p.L_out))
-    if not x.is_cuda:
-        _launch(call.plan, p, x, weight, bias, y)
-    elif x.get_device() == torch.cuda.current_device():
-        _launch_or_repeat(call, x, weight, bias, y)
-    else:
-        # Triton launches on the current device
-        with torch.cuda.device(x.device):
-            _launch_or_repeat(call, x, weight, bias, y)
+    y = x.new_empty((call.problem.N, call.problem.C_out, call.problem.L_out))
+    run(call, _launch, x, weight, bias, y)
     return y
-
-
-def _launch_or_repeat(call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    recording = call.recording
-    if recording is None:
-        from torch_conv_triton.kernels.launch import Recording
-
-        with Recording(x, weight, bias, y) as recording:
-            _launch(call.plan, call.problem, x, weight, bias, y)
-        call.recording = recording
-    elif recording.repeatable:
-        recording.repeat(x, weight, bias, y)
-    else:
-        _launch(call.plan, call.problem, x, weight, bias, y)
 
 
 def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -117,7 +73,7 @@ def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tenso
         from torch_conv_triton.kernels.layout import channels_last_copy
 
         # whole strides: the tensor-descriptor kernel sees x as rows of `stride` samples, and zeros beyond the end change nothing
-        x = channels_last_copy(x, p.stride)
+        x = channels_last_copy(x, p.stride, rounded=tf32)
     if plan.kernel == "depthwise":
         from torch_conv_triton.kernels.depthwise import conv1d_depthwise
 

@@ -1,4 +1,4 @@
-"""Runs the gradients of a convolution by their plans: allocates the result, calls the kernel's launcher or aten."""
+"""Runs the gradients of a convolution by their plans, as `execute` does: kernels, their repeated launches, or aten."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 from torch_conv_triton import dispatch, execute
+from torch_conv_triton.calls import Call, remember, run, signature
 from torch_conv_triton.dispatch import Plan
 from torch_conv_triton.dispatch_gradients import input_grad_problem, plan_input_grad, plan_weight_grad, weight_grad_problem
-from torch_conv_triton.problem import Conv1dProblem
+from torch_conv_triton.problem import Conv1dProblem, current_precision
+
+_input_calls: dict[tuple, Call] = {}
+_weight_calls: dict[tuple, Call] = {}
 
 
 def input_grad(
@@ -18,24 +22,28 @@ def input_grad(
 
     Weight ``(C_out, C_in / groups, K)``. Arguments are already checked.
     """
-    problem = input_grad_problem(grad_output, weight, input_length, stride, padding, dilation, groups)
-    plan = plan_input_grad(problem, dispatch.device_for(grad_output.device))
-    if plan.is_aten:
-        return aten_input_grad(grad_output, weight, input_length, stride, padding, dilation, groups)
-    return input_grad_with(plan, problem, grad_output, weight)
+    geometry = stride, padding, dilation, groups
+    key = geometry, input_length, current_precision(weight.dtype), signature(grad_output), signature(weight)
+    call = _input_calls.get(key)
+    if call is None:
+        problem = input_grad_problem(grad_output, weight, input_length, *geometry)
+        plan = plan_input_grad(problem, dispatch.device_for(grad_output.device))
+        call = remember(_input_calls, key, Call(problem, plan))
+    if call.plan.is_aten:
+        return aten_input_grad(grad_output, weight, input_length, *geometry)
+    return _run_input_grad(call, grad_output, weight)
 
 
 def input_grad_with(plan: Plan, problem: Conv1dProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
     """Run one given plan of `dispatch_gradients.input_grad_candidates`."""
-    if not problem.transposed:
-        weight = reversed_weight(weight, problem.groups)
-    return execute.forward_with(plan, problem, grad_output, weight, None)
+    return _run_input_grad(Call(problem, plan), grad_output, weight)
 
 
-def reversed_weight(weight: Tensor, groups: int) -> Tensor:
-    """The weight ``(C_out, C_in / groups, K)`` with taps reversed and channels exchanged: ``(C_in, C_out / groups, K)``."""
-    by_group = weight.unflatten(0, (groups, weight.shape[0] // groups))
-    return by_group.transpose(1, 2).flatten(0, 1).flip(2)
+def _run_input_grad(call: Call, grad_output: Tensor, weight: Tensor) -> Tensor:
+    if not call.problem.transposed:
+        # a depthwise filter takes outputs back to inputs when its taps are reversed
+        weight = weight.flip(2)
+    return execute.run_kernels(call, grad_output, weight, None)
 
 
 def weight_grad(
@@ -45,23 +53,26 @@ def weight_grad(
 
     x ``(N, C_in, L_in)``. Arguments are already checked.
     """
-    problem = weight_grad_problem(grad_output, x, kernel_size, stride, padding, dilation, groups)
-    plan = plan_weight_grad(problem, dispatch.device_for(x.device))
-    if plan.is_aten:
-        return aten_weight_grad(grad_output, x, kernel_size, stride, padding, dilation, groups)
-    return weight_grad_with(plan, problem, grad_output, x)
+    geometry = stride, padding, dilation, groups
+    key = geometry, kernel_size, current_precision(x.dtype), signature(grad_output), signature(x)
+    call = _weight_calls.get(key)
+    if call is None:
+        problem = weight_grad_problem(grad_output, x, kernel_size, *geometry)
+        call = remember(_weight_calls, key, Call(problem, plan_weight_grad(problem, dispatch.device_for(x.device))))
+    if call.plan.is_aten:
+        return aten_weight_grad(grad_output, x, kernel_size, *geometry)
+    return _run_weight_grad(call, grad_output, x)
 
 
 def weight_grad_with(plan: Plan, problem: Conv1dProblem, grad_output: Tensor, x: Tensor) -> Tensor:
     """Run one given plan of `dispatch_gradients.weight_grad_candidates`."""
-    p = problem
+    return _run_weight_grad(Call(problem, plan), grad_output, x)
+
+
+def _run_weight_grad(call: Call, grad_output: Tensor, x: Tensor) -> Tensor:
+    p = call.problem
     grad_weight = x.new_empty((p.C_out, p.C_in_per_group, p.K))
-    if x.is_cuda:
-        # Triton launches on the current device
-        with torch.cuda.device(x.device):
-            _launch(plan, p, grad_output, x, grad_weight)
-    else:
-        _launch(plan, p, grad_output, x, grad_weight)
+    run(call, _launch, grad_output, x, grad_weight)
     return grad_weight
 
 
@@ -71,7 +82,7 @@ def _launch(plan: Plan, p: Conv1dProblem, grad_output: Tensor, x: Tensor, grad_w
     if config.copy_to_nlc:
         from torch_conv_triton.kernels.layout import channels_last_copy
 
-        x = channels_last_copy(x)
+        grad_output, x = (channels_last_copy(t) if t.stride(1) != 1 else t for t in (grad_output, x))
     if plan.kernel == "weight_grad_depthwise":
         from torch_conv_triton.kernels.weight_grad_depthwise import conv1d_weight_grad_depthwise
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import OFFSET_LIMIT, widen
+from torch_conv_triton.kernels.launch import launch, workspace
 
 
 @triton.jit
@@ -65,7 +66,9 @@ def sum_partials(partials: Tensor, out: Tensor, terms: int = 1) -> None:
     With `terms` above 1 a partial sum is ``(C_out, rows, terms)``, and tap k the sum of a diagonal: row k + i, column i.
     """
     block = 128 if out.numel() >= 32768 else 32
-    sum_partials_kernel[(triton.cdiv(out.numel(), block),)](
+    launch(
+        sum_partials_kernel,
+        (triton.cdiv(out.numel(), block),),
         partials,
         out,
         out.numel(),
@@ -83,4 +86,4 @@ def partial_sums(out: Tensor, splits: int) -> Tensor:
     """Where the kernels write: `out` as the only part, or an uninitialised workspace of float32, ``(splits, *out.shape)``."""
     if splits == 1:
         return out.unsqueeze(0)
-    return torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
+    return workspace((splits, *out.shape), torch.float32, out.device)

@@ -6,6 +6,8 @@ whose operand is x shifted by that tap: gathered, never stored. Shares are added
 
 from __future__ import annotations
 
+from math import gcd
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch_conv_triton.kernels.common import (
     round_tf32,
     widen,
 )
+from torch_conv_triton.kernels.launch import launch
 from torch_conv_triton.kernels.reduction import block_positions, blocks_of, partial_sums, sum_partials
 
 
@@ -108,7 +111,9 @@ def conv1d_weight_grad_kernel(
     out_ptr,  # (splits, C_out, C_in / groups, K) contiguous
     N,
     L_in,
-    L_out,
+    L_out,  # in units of VECTOR, as are the next two
+    stride_dn,
+    stride_do,
     C_OUT,  # per group
     blocks,
     blocks_per_sample,
@@ -116,8 +121,6 @@ def conv1d_weight_grad_kernel(
     stride,
     padding,
     dilation,
-    stride_dn,
-    stride_do,
     stride_dl,
     stride_xn,
     stride_xc,
@@ -133,11 +136,16 @@ def conv1d_weight_grad_kernel(
     PRECISION: tl.constexpr,
     GRAD_LEFT: tl.constexpr,  # the accumulator is [BLOCK_O, BLOCK_C], else its transpose
     PREFETCH: tl.constexpr,  # a block is loaded into registers while the one before is multiplied
+    VECTOR: tl.constexpr,  # elements of grad_output that one access can take
     INT64: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
+    # Triton sees by itself only that 16 divides a number, and 16 bytes are 8 or 4 elements
+    L_out *= VECTOR
+    stride_dn *= VECTOR
+    stride_do *= VECTOR
     # the tiles of one split are neighbours: they read the same blocks and find them in L2
     pid = tl.program_id(0)
     tile_c = pid % tiles_c
@@ -212,18 +220,23 @@ def conv1d_weight_grad(
     per_split = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, per_split)
     partials = partial_sums(grad_weight, splits)
+    vector = gcd(L_out, *grad_output.stride()[:2], 16 // x.element_size()) if grad_output.stride(2) == 1 else 1
     tiles_o = triton.cdiv(C_out // groups, config.BLOCK_O)
     if config.tap_major and C_in >= config.BLOCK_C:
         tiles_c = triton.cdiv(C_in, config.BLOCK_C) * K
     else:
         tiles_c = triton.cdiv(C_in * K, config.BLOCK_C)
-    conv1d_weight_grad_kernel[(tiles_c * tiles_o * groups * splits,)](
+    launch(
+        conv1d_weight_grad_kernel,
+        (tiles_c * tiles_o * groups * splits,),
         grad_output,
         x,
         partials,
         N,
         x.shape[2],
-        L_out,
+        L_out // vector,
+        grad_output.stride(0) // vector,
+        grad_output.stride(1) // vector,
         C_out // groups,
         blocks,
         per_sample,
@@ -231,7 +244,7 @@ def conv1d_weight_grad(
         stride,
         padding,
         dilation,
-        *grad_output.stride(),
+        grad_output.stride(2),
         *x.stride(),
         tiles_o,
         tiles_c,
@@ -244,6 +257,7 @@ def conv1d_weight_grad(
         PRECISION=dot_precision(x.dtype, tf32),
         GRAD_LEFT=config.grad_left,
         PREFETCH=config.prefetch,
+        VECTOR=vector,
         INT64=needs_int64(x, grad_output),
         BLOCK_O=config.BLOCK_O,
         BLOCK_C=config.BLOCK_C,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import INTERPRET, dot_precision, needs_int64, round_tf32, widen
+from torch_conv_triton.kernels.launch import launch, workspace
 from torch_conv_triton.kernels.reduction import sum_partials
 
 
@@ -101,9 +102,11 @@ def conv1d_weight_grad_banded(grad_output: Tensor, x: Tensor, grad_weight: Tenso
     blocks = N * per_sample
     per_split = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, per_split)
-    partials = torch.empty((splits, C_out, rows, R), dtype=torch.float32, device=x.device)
+    partials = workspace((splits, C_out, rows, R), torch.float32, x.device)
     tiles_o = triton.cdiv(C_out, config.BLOCK_O)
-    conv1d_weight_grad_banded_kernel[(tiles_o * splits,)](
+    launch(
+        conv1d_weight_grad_banded_kernel,
+        (tiles_o * splits,),
         grad_output,
         x,
         partials,

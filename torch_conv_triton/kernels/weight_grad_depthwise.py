@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import needs_int64, widen
+from torch_conv_triton.kernels.launch import launch
 from torch_conv_triton.kernels.reduction import block_positions, blocks_of, partial_sums, sum_partials
 
 
@@ -100,7 +101,9 @@ def conv1d_weight_grad_depthwise(
     splits = triton.cdiv(blocks, per_split)
     partials = partial_sums(grad_weight, splits)
     tiles_o, tiles_k = triton.cdiv(C_out, config.BLOCK_O), triton.cdiv(K, config.BLOCK_C)
-    conv1d_weight_grad_depthwise_kernel[(tiles_k * tiles_o * splits,)](
+    launch(
+        conv1d_weight_grad_depthwise_kernel,
+        (tiles_k * tiles_o * splits,),
         grad_output,
         x,
         partials,

@@ -1,0 +1,164 @@
+"""Every gradient kernel on the GPU against float64, and what only a GPU shows: determinism, long sums, streams, training."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import torch_conv_triton
+from torch_conv_triton import dispatch, dispatch_gradients, gradients
+from torch_conv_triton.testing import (
+    CASES,
+    LAYOUTS,
+    Case,
+    assert_within_budget,
+    expected_gradients,
+    float32_precision,
+    make_grad_output,
+    make_inputs,
+    poisoned_allocations,
+    random_cases,
+    relative_error,
+)
+
+pytestmark = pytest.mark.gpu
+
+OPS = torch.ops.triton_conv
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# large enough for the tiles of many channels and for sums that are split
+LARGE = (
+    Case("wide", 2, 256, 700, 256, 5, padding=2),
+    Case("wide_strided", 2, 128, 1001, 512, 3, stride=2, padding=1),
+    Case("vocoder", 2, 32, 80000, 32, 7, padding=9, dilation=3),
+    Case("seed", 2, 64, 60000, 128, 3, stride=3, dilation=4),
+    Case("raw_audio", 2, 1, 160000, 512, 10, stride=5),
+    Case("many_channels_grouped", 2, 768, 499, 768, 16, padding=8, groups=16),
+    Case("short", 256, 512, 8, 512, 5, padding=2),
+    Case("causal", 2, 1024, 2048, 1024, 4, padding=3, groups=1024),
+    Case("long_depthwise", 4, 256, 1500, 256, 31, padding=15, groups=256),
+    Case("one_token", 64, 1024, 5, 1024, 4, groups=1024),
+)
+PLAIN = [case for case in (*CASES, *LARGE, *random_cases(20, seed=29)) if not case.transposed]
+
+
+def layout_of(case: Case) -> str:
+    """The layouts in turn, so that all of them come up; the interpreter's tests take each case in every one."""
+    return LAYOUTS[PLAIN.index(case) % 3]
+
+
+def check_every_plan(case: Case, dtype: torch.dtype, layout: str) -> None:
+    """Each plan is within the budget of its dtype, on poisoned memory, and the same bit for bit in a second run."""
+    x, weight, _ = make_inputs(case, dtype, layout, "cuda")
+    grad_output = make_grad_output(case, dtype, layout, "cuda")
+    geometry = case.stride, case.padding, case.dilation, case.groups
+    device = dispatch.device_for(x.device)
+    for_x = dispatch_gradients.input_grad_problem(grad_output, weight, case.L_in, *geometry)
+    for_weight = dispatch_gradients.weight_grad_problem(grad_output, x, case.K, *geometry)
+    runs = [
+        (plan, lambda plan=plan: gradients.input_grad_with(plan, for_x, grad_output, weight), 0)
+        for plan in dispatch_gradients.input_grad_candidates(for_x, device)
+    ]
+    runs += [
+        (plan, lambda plan=plan: gradients.weight_grad_with(plan, for_weight, grad_output, x), 1)
+        for plan in dispatch_gradients.weight_grad_candidates(for_weight, device)
+    ]
+    expected = expected_gradients(case, x, weight, grad_output)
+    for plan, run, which in runs:
+        with poisoned_allocations():
+            first, second = run(), run()
+        assert_within_budget(first, expected[which], for_x.precision)
+        assert torch.equal(first, second), plan
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_geometries_in_16_bits(case, dtype):
+    check_every_plan(case, dtype, layout_of(case))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_geometries_in_float32(case, precision):
+    with float32_precision(precision):
+        check_every_plan(case, torch.float32, layout_of(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.N and case.name in ("dense", "transposed", "depthwise", "grouped")], ids=str
+)
+def test_operators_give_aten_s_gradients(case, dtype):
+    leaves = [t.detach().clone().requires_grad_() for t in make_inputs(case, dtype, device="cuda") if t is not None]
+    y = case.operator(torch_conv_triton)(*leaves)
+    # an expanded gradient, as that of a sum
+    actual = torch.autograd.grad(y.sum(), leaves)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    expected = torch.autograd.grad(case.operator(F)(*doubles).sum(), doubles)
+    for a, e in zip(actual, expected, strict=True):
+        assert_within_budget(a, e, "tf32" if dtype == torch.float32 else "ieee")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("long_sum", 4, 16, 2_500_000, 16, 3, padding=1),
+        Case("long_depthwise_sum", 4, 16, 2_500_000, 16, 4, padding=3, groups=16),
+    ],
+    ids=str,
+)
+def test_sums_over_ten_million_positions_are_no_worse_than_cudnn_s(case, dtype):
+    x, weight, _ = make_inputs(case, dtype, device="cuda")
+    grad_output = make_grad_output(case, dtype, device="cuda")
+    arguments = grad_output, x, case.K, case.stride, case.padding, case.dilation, case.groups
+    _, expected = expected_gradients(case, x, weight, grad_output)
+    theirs = relative_error(gradients.aten_weight_grad(*arguments), expected)
+    problem = dispatch_gradients.weight_grad_problem(*arguments)
+    for plan in dispatch_gradients.weight_grad_candidates(problem, dispatch.device_for(x.device)):
+        ours = relative_error(gradients.weight_grad_with(plan, problem, grad_output, x), expected)
+        assert ours <= 1.1 * theirs, plan
+
+
+def test_gradients_run_on_the_current_stream_and_in_a_cuda_graph():
+    case = LARGE[0]
+    x, weight, _ = make_inputs(case, torch.float16, device="cuda")
+    grad_output = make_grad_output(case, torch.float16, device="cuda")
+
+    def both():
+        geometry = case.stride, case.padding, case.dilation, case.groups
+        return (
+            OPS.conv1d_input_grad(grad_output, weight, case.L_in, *geometry),
+            OPS.conv1d_weight_grad(grad_output, x, case.K, *geometry),
+        )
+
+    both()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    grad_output.copy_(torch.randn_like(grad_output))
+    graph.replay()
+    for a, e in zip(captured, both(), strict=True):
+        assert torch.equal(a, e)
+
+
+def test_training_twice_gives_the_same_bits():
+    def train():
+        torch.manual_seed(0)
+        weights = [
+            torch.randn(32, 1, 9, device="cuda"),
+            torch.randn(32, 32, 5, device="cuda"),
+            torch.randn(1, 32, 3, device="cuda"),
+        ]
+        weights = [(0.1 * w).requires_grad_() for w in weights]
+        audio = torch.randn(8, 1, 16000, device="cuda")
+        for _ in range(20):
+            y = audio
+            for w in weights:
+                y = torch.tanh(torch_conv_triton.conv1d(y, w, padding=w.shape[2] // 2))
+            loss = (y - audio).square().mean()
+            for w, g in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                w.data -= 0.1 * g
+        return loss, weights
+
+    (first_loss, first), (second_loss, second) = train(), train()
+    assert torch.equal(first_loss, second_loss) and first_loss < 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
