@@ -11,7 +11,8 @@ from torch_conv_triton.configs_transposed import transposed_tma_config
 from torch_conv_triton.problem import Conv1dProblem, contiguous_strides, output_length
 from torch_conv_triton.weave import Weave
 
-H200 = Device("NVIDIA H200", capability=90, sm_count=132, shared_memory=232448)
+# by a name that no table has: this is about the rules
+H200 = Device("an H200", capability=90, sm_count=132, shared_memory=232448)
 RTX4090 = Device("NVIDIA GeForce RTX 4090", capability=89, sm_count=128, shared_memory=101376)
 
 

@@ -217,16 +217,32 @@ def persistent_config(problem: Conv1dProblem, device: Device) -> Config | None:
         config = replace(config, num_stages=2, programs_per_sm=2 if config.BLOCK_N <= 32 else 1)
     if config.copy_to_nlc or config.BLOCK_M * config.BLOCK_N > 128 * 128:
         return None
+    if not stays_resident(config, problem, device):
+        return None
+    if problem.N * problem.L_out < 4 * config.BLOCK_M * device.sm_count:
+        return None
+    return config
+
+
+def stays_resident(config: Config, problem: Conv1dProblem, device: Device) -> bool:
+    """Whether the whole weight matrix of a tile's channels fits into shared memory, beside what passes through it."""
     slices = -(-problem.C_in_per_group // config.BLOCK_K) * problem.K
     if not config.tap_major:
         slices = -(-problem.C_in_per_group * problem.K // config.BLOCK_K)
     # beside the weights lie the x tiles of one output tile, for every stage but the last, and the accumulators on their way out
     resident = slices * config.BLOCK_K * (config.BLOCK_N + (config.num_stages - 1) * config.BLOCK_M) * problem.dtype.itemsize
-    if slices > 16 or resident + 4 * config.BLOCK_M * config.BLOCK_N > device.shared_memory:
-        return None
-    if problem.N * problem.L_out < 4 * config.BLOCK_M * device.sm_count:
-        return None
-    return config
+    return slices <= 16 and resident + 4 * config.BLOCK_M * config.BLOCK_N <= device.shared_memory
+
+
+def config_refusal(config: Config, problem: Conv1dProblem, device: Device) -> str | None:
+    """Why a tile of a matrix product cannot have this config, or None."""
+    if min(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K) < 16:
+        return "tensor cores take no tile below 16"
+    if config.weights_left and not config.tap_major and config.BLOCK_N < 64 and problem.dtype.itemsize == 2:
+        return "triton 3.6 miscompiles it"
+    if fit(config, problem, device) != config:
+        return "it does not fit into the registers or the shared memory of a block"
+    return None
 
 
 def tma_config(problem: Conv1dProblem, device: Device) -> Config:

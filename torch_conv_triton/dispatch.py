@@ -13,28 +13,38 @@ from torch_conv_triton.configs import (
     INTERPRETER,
     Config,
     Device,
+    config_refusal,
     depthwise_config,
     gemm_config,
     persistent_config,
+    stays_resident,
     tma_config,
 )
 from torch_conv_triton.configs_transposed import copies_transposed, interleaved_config, transposed_config, transposed_tma_config
 from torch_conv_triton.problem import INT32_MAX, KERNEL_DTYPES, Conv1dProblem, dtype_name
+from torch_conv_triton.tuning import tables
 from torch_conv_triton.versus_aten import faster_in_aten
 from torch_conv_triton.weave import Weave
+
+# aten's convolution as it is, and its two-dimensional one on channels-last views
+ATEN = ("aten", "aten_nhwc")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a problem runs: `kernel` is "aten" or the name of a kernel family, `reason` says why in words."""
+    """How a problem runs: `kernel` is one of `ATEN` or the name of a kernel family, `reason` says why in words.
+
+    `tuned`: the reason is that it was measured, for problems like this one.
+    """
 
     kernel: str
     config: Config | None
     reason: str
+    tuned: bool = False
 
     @property
     def is_aten(self) -> bool:
-        return self.kernel == "aten"
+        return self.kernel in ATEN
 
 
 def aten(reason: str) -> Plan:
@@ -118,7 +128,7 @@ def transposed_tma_refusal(problem: Conv1dProblem, weave: Weave, device: Device,
         return "tensor descriptors need sm_90"
     if problem.dtype == torch.float32 and problem.precision == "ieee":
         return "full float32 is split in registers, where a block copy has no gain"
-    if config.BLOCK_K < 16:
+    if config.BLOCK_K < 16 or problem.C_in_per_group % config.BLOCK_K:
         return "the channels of a group are not a multiple of 16"
     positions = (problem.L_out - 1 + problem.padding) // problem.stride + 1
     if problem.N * max(problem.L_in + weave.reach, positions) > INT32_MAX:
@@ -134,12 +144,47 @@ def plan(problem: Conv1dProblem, device: Device | None) -> Plan:
     reason = refusal(problem)
     if reason:
         return aten(reason)
+    return tuned_plan(problem, device) or plan_by_rule(problem, device)
+
+
+def tuned_plan(problem: Conv1dProblem, device: Device) -> Plan | None:
+    """The plan that a table has for problems like this one, or None where none can run this very one."""
+    entry = tables.lookup(problem, device)
+    if entry is None:
+        return None
+    found = Plan(entry.kernel, entry.config, f"tuned: {entry.ms:.3g} ms, aten {entry.aten_ms:.3g}", tuned=True)
+    return None if plan_refusal(found, problem, device) else found
+
+
+def plan_by_rule(problem: Conv1dProblem, device: Device) -> Plan:
+    """The plan without a table, for a problem that the kernels support."""
     if device.compare_with_aten and max(problem.extents) <= INT32_MAX:
         # beyond 2^31 elements aten is silently wrong, so a faster aten is no reason there
         reason = faster_in_aten(problem)
         if reason:
             return aten(reason)
     return candidates(problem, device)[-1]
+
+
+def plan_refusal(plan: Plan, problem: Conv1dProblem, device: Device) -> str | None:
+    """Why a plan found for a similar problem, or proposed by a search, cannot run this one, or None."""
+    if plan.is_aten:
+        return "aten is wrong beyond 2^31 elements" if max(problem.extents) > INT32_MAX else None
+    config = plan.config
+    if config is None or all(plan.kernel != candidate.kernel for candidate in candidates(problem, device)):
+        return f"no kernel {plan.kernel} computes this problem"
+    plain = _as_plain(problem) if problem.transposed and plan.kernel.startswith("dense") else problem
+    weave = Weave.of(problem.K, problem.stride, problem.dilation) if problem.transposed else None
+    together = plan.kernel in ("transposed_interleaved", "transposed_tma")
+    if together and weave.spacing > 1 and config.BLOCK_N % weave.rows(problem.C_in_per_group):
+        return "a tile ends between the phases of a channel"
+    if plan.kernel == "dense_tma":
+        return tma_refusal(plain, device, config) or config_refusal(config, plain, device)
+    if plan.kernel == "transposed_tma":
+        return transposed_tma_refusal(problem, weave, device, config) or config_refusal(config, problem, device)
+    if plan.kernel == "dense_persistent" and not stays_resident(config, plain, device):
+        return "the weights do not stay in shared memory"
+    return None if plan.kernel.startswith("depthwise") else config_refusal(config, plain, device)
 
 
 def candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan, ...]:

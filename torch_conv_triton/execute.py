@@ -36,20 +36,46 @@ def forward(
         problem = Conv1dProblem.from_tensors(x, weight, bias, *geometry)
         call = remember(_calls, key, Call(problem, dispatch.plan(problem, dispatch.device_for(x.device))))
     if call.plan.is_aten:
-        return _aten(call.problem, x, weight, bias)
+        return _aten(call.plan, call.problem, x, weight, bias)
     return run_kernels(call, x, weight, bias)
 
 
 def forward_with(plan: Plan, problem: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Run one given plan of `dispatch.candidates`, or aten."""
-    return _aten(problem, x, weight, bias) if plan.is_aten else run_kernels(Call(problem, plan), x, weight, bias)
+    """Run one given plan: one of `dispatch.candidates`, with any config that `dispatch.plan_refusal` accepts, or aten."""
+    return _aten(plan, problem, x, weight, bias) if plan.is_aten else run_kernels(Call(problem, plan), x, weight, bias)
 
 
-def _aten(p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def forget_plans() -> None:
+    """Plan every call anew, after the tables have changed."""
+    dispatch.plan.cache_clear()
+    _calls.clear()
+
+
+def _aten(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if plan.kernel == "aten_nhwc":
+        return _aten_nhwc(p, x, weight, bias)
     # a device that computes convolutions in another layout returns it in that layout
     return torch.ops.aten.convolution.default(
         x, weight, bias, [p.stride], [p.padding], [p.dilation], p.transposed, [p.output_padding], p.groups
     ).contiguous()
+
+
+def _aten_nhwc(p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A two-dimensional convolution of height 1 on channels-last views: an x that is not NLC is copied, and so is the output."""
+    if p.layout != "NLC" and p.C_in > 1:
+        x = _channels_last(x)
+    x, weight = (t.unsqueeze(2).contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    geometry = [1, p.stride], [0, p.padding], [1, p.dilation], p.transposed, [0, p.output_padding], p.groups
+    y = torch.ops.aten.convolution.default(x, weight, bias, *geometry).squeeze(2)
+    return y if y.is_contiguous() else _channels_last(y.transpose(1, 2)).transpose(1, 2)
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    from torch_conv_triton.kernels.layout import channels_last_copy
+
+    # Triton launches on the current device
+    with torch.cuda.device_of(t):
+        return channels_last_copy(t)
 
 
 def run_kernels(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

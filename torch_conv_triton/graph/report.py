@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from torch_conv_triton.dispatch import Plan
+from torch_conv_triton.dispatch import ATEN, Plan
 from torch_conv_triton.problem import Conv1dProblem, dtype_name
 
 COLUMNS = ("module", "kind", "convolution", "decision", "kernel", "config", "reason")
@@ -21,7 +21,7 @@ class ConvRecord:
     `module` is the path of the module that called it (empty where none did); `kind` is "forward", "input_grad" or
     "weight_grad"; `convolution` is `Conv1dProblem.describe` at the sizes seen while compiling; `decision` is "rewritten"
     (it is our operator now) or "kept" (it is what Inductor makes of it); `kernel` and `config` are what runs at those
-    sizes, `kernel` being "aten" where it is not ours, and `reason` says why.
+    sizes, `kernel` being one of `dispatch.ATEN` where it is not ours, and `reason` says why.
     """
 
     module: str
@@ -96,7 +96,7 @@ class Report:
             "gradients": len(self.records) - convolutions,
             "rewritten": len(self.rewritten),
             "kept": len(self.kept),
-            "our_kernels": sum(record.kernel != "aten" for record in self.records),
+            "our_kernels": sum(record.kernel not in ATEN for record in self.records),
             "graphs": self.graphs,
             "graph_breaks": self.graph_breaks,
         }

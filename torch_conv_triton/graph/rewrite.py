@@ -29,7 +29,9 @@ def rewrite_convolutions(graph: Graph, module_names: Mapping[str, str]) -> Itera
             # where aten is the faster without a bias, a separate addition fuses into the pointwise operators that follow, as
             # it does in Inductor; our kernels add a bias for nothing
             without_bias = dispatch.plan(replace(problem, has_bias=False), conv.device)
-            peel_bias = without_bias.is_aten and value(conv.input).device.type != "cpu"
+            # a kernel of ours that won a measurement is not given up for a rule
+            measured = plan.tuned and not plan.is_aten and not without_bias.tuned
+            peel_bias = without_bias.is_aten and not measured and value(conv.input).device.type != "cpu"
             plan = without_bias if peel_bias else plan
             _rewrite(graph, conv, peel_bias)
         else:
@@ -40,9 +42,10 @@ def rewrite_convolutions(graph: Graph, module_names: Mapping[str, str]) -> Itera
 def _reason_to_keep(conv: Convolution) -> str | None:
     problem = conv.problem()
     reason = reason_to_keep(conv) or dispatch.refusal(problem)
-    if reason is None and conv.device.compare_with_aten and conv.is_static and launch_bound(problem) and conv.plan().is_aten:
+    if reason is None and conv.device.compare_with_aten and conv.is_static and launch_bound(problem):
         # with sizes that change the operator decides at each call; here it would decide for aten each time, and only add to it
-        reason = conv.plan().reason
+        plan = conv.plan()
+        reason = plan.reason if plan.kernel == "aten" else None
     if reason is None and not is_contiguous(value(conv.node)):
         reason = f"the graph relies on an output with strides {tuple(value(conv.node).stride())}, ours is contiguous"
     return reason
