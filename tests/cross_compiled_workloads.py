@@ -49,7 +49,8 @@ WORKLOADS = (
     Workload("upsample", (8, 128, 9600), (128, 64, 4), FP32, stride=2, padding=1, transposed=True),
     Workload("upsample_full_precision", (8, 128, 9600), (128, 64, 4), FP32, 2, 1, transposed=True, full_precision=True),
     Workload("upsample_many_channels", (4, 1536, 430), (1536, 768, 16), FP32, stride=8, padding=4, transposed=True),
-    Workload("upsample_taps_left_over", (1, 512, 500), (512, 256, 11), FP16, stride=5, padding=3, transposed=True),
+    Workload("upsample_taps_left_over", (4, 768, 1500), (768, 384, 7), FP32, stride=3, padding=2, transposed=True),
+    Workload("upsample_taps_left_over_fp16", (8, 512, 3000), (512, 256, 11), FP16, stride=5, padding=3, transposed=True),
     Workload("upsample_phases_apart", (16, 32, 131072), (32, 64, 3), FP32, stride=2, padding=1, dilation=2, transposed=True),
     Workload("depthwise", (8, 5120, 2048), (5120, 1, 4), BF16, padding=3, groups=5120, nlc=True),
 )

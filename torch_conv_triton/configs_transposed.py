@@ -72,7 +72,7 @@ def interleaved_config(problem: Conv1dProblem, weave: Weave, device: Device) -> 
         tap_major=True,
         copy_to_nlc=copy_to_nlc,
     )
-    return fit(config, problem, device)
+    return fit(_room_for_left_over_taps(config, problem, weave), problem, device)
 
 
 def copies_transposed(problem: Conv1dProblem, weave: Weave) -> bool:
@@ -100,7 +100,8 @@ def transposed_tma_config(problem: Conv1dProblem, weave: Weave, device: Device) 
     few = _tiles(problem, weave, 128, BLOCK_N) < 0.5 * device.sm_count
     config = Config(64 if few else 128, BLOCK_N, BLOCK_K, num_stages=3)
     many_products = problem.dtype.itemsize == 4 and BLOCK_N == WIDEST and channels * weave.taps >= 1536
-    if many_products and weave.spacing == 1 and _tiles(problem, weave, 128, 256) >= 0.7 * device.sm_count:
+    even = weave.spacing == 1 and problem.K % weave.phases == 0
+    if many_products and even and _tiles(problem, weave, 128, 256) >= 0.7 * device.sm_count:
         # 768 -> 384 K16 s8 128x256 0.388, 128x128 0.412; 1536 -> 768 K16 s8 0.247 and 0.260; with few tiles 768 -> 384 K7 s3 of
         # 1 x 1500 0.072 and 0.050
         config = Config(128, 256, 32, num_warps=8, num_stages=4)
@@ -111,7 +112,14 @@ def transposed_tma_config(problem: Conv1dProblem, weave: Weave, device: Device) 
         tap_major=True,
         copy_to_nlc=True,
     )
-    return fit(config, problem, device)
+    return fit(_room_for_left_over_taps(config, problem, weave), problem, device)
+
+
+def _room_for_left_over_taps(config: Config, problem: Conv1dProblem, weave: Weave) -> Config:
+    """Their loop is one more that holds the accumulators: fewer of them a thread, else up to 800 bytes a thread are spilled."""
+    if problem.K % weave.phases and config.BLOCK_M * config.BLOCK_N >= 128 * 128:
+        return replace(config, num_warps=8)
+    return config
 
 
 def _slice(BLOCK_K: int, length: int) -> int:

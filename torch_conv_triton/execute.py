@@ -92,7 +92,7 @@ def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tenso
     config = plan.config
     padding = p.padding
     if p.transposed and plan.kernel.startswith("dense"):
-        from torch_conv_triton.kernels.transposed_interleaved import reversed_weight
+        from torch_conv_triton.kernels.interleave import reversed_weight
 
         weight, padding = reversed_weight(weight, p.groups), p.dilation * (p.K - 1) - p.padding
     if config.copy_to_nlc and plan.kernel.startswith("dense"):

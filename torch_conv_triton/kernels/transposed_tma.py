@@ -14,8 +14,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, widen
+from torch_conv_triton.kernels.interleave import mask_phases, pack_interleaved, rows_of_samples, store_interleaved
 from torch_conv_triton.kernels.launch import launch
-from torch_conv_triton.kernels.transposed_interleaved import mask_phases, pack_interleaved, rows_of_samples, store_interleaved
 from torch_conv_triton.weave import Weave
 
 
