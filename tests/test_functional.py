@@ -166,3 +166,22 @@ def test_torch_jit_trace_keeps_the_operator():
     assert "triton_conv::conv1d" in str(traced.graph)
     x = torch.randn(3, 4, 12)
     assert relative_error(traced(x), F.conv1d(x, W, stride=2)) < 1e-3
+
+
+def test_a_profiler_sees_the_operator():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        functional.conv1d(X, W)
+    assert "triton_conv::conv1d" in {event.key for event in profile.key_averages()}
+
+
+def test_a_function_mode_sees_one_call_and_not_its_inside():
+    class Seen(torch.overrides.TorchFunctionMode):
+        names = ()
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.names += (getattr(function, "__name__", str(function)),)
+            return function(*args, **(kwargs or {}))
+
+    with Seen() as seen:
+        functional.conv1d(X, W)
+    assert "data_ptr" not in seen.names

@@ -116,6 +116,10 @@ def test_tensors_that_start_off_16_bytes_are_not_aligned():
     x, weight = buffer[:-1].view(2, 8, 20), torch.empty(6, 8, 3, device="meta")
     assert Conv1dProblem.from_tensors(x, weight, None, 1, 0, 1, 1).aligned
     assert not Conv1dProblem.from_tensors(buffer[1:].view(2, 8, 20), weight, None, 1, 0, 1, 1).aligned
+    # memory that another library handed over may start anywhere, whatever its offset says
+    handed_over = torch.from_dlpack(torch.empty(2 * 8 * 20 + 1)[1:].view(2, 8, 20).numpy())
+    assert handed_over.storage_offset() == 0
+    assert not Conv1dProblem.from_tensors(handed_over, torch.empty(6, 8, 3), None, 1, 0, 1, 1).aligned
 
 
 @pytest.mark.parametrize(

@@ -119,16 +119,27 @@ def _call(operator, input: Tensor, weight: Tensor, bias: Tensor | None, *geometr
     if torch.is_autocast_enabled(input.device.type):
         return operator[1](input, weight, bias, *geometry)
     # in eager mode every pass through the dispatcher that nothing asks for is saved
-    unwatched = _nothing_watches(input) and _nothing_watches(weight) and (bias is None or _nothing_watches(bias))
-    if unwatched and torch._C._len_torch_dispatch_stack() == 0 and torch._C._get_tracing_state() is None:
+    unwatched = _plain(input) and _plain(weight) and (bias is None or _plain(bias))
+    if unwatched and not _calls_are_watched():
         return _COMPUTE[operator](input, weight, bias, *geometry)
     return ops.differentiable(*operator, input, weight, bias, *geometry)
 
 
-def _nothing_watches(tensor: Tensor) -> bool:
+def _plain(tensor: Tensor) -> bool:
     """Whether neither autograd nor a view that the dispatcher would resolve needs to see what becomes of a tensor."""
     plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
     return plain and not (tensor.requires_grad and torch.is_grad_enabled()) and not tensor.is_neg()
+
+
+def _calls_are_watched() -> bool:
+    """Whether a mode, a tracer or a profiler is to see the call of the operator."""
+    C = torch._C
+    return (
+        C._len_torch_dispatch_stack() > 0
+        or C._len_torch_function_stack() > 0
+        or C._get_tracing_state() is not None
+        or C._autograd._profiler_enabled()
+    )
 
 
 def _runs_here(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

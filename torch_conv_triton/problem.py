@@ -164,8 +164,10 @@ class Conv1dProblem:
 
 
 def starts_aligned(tensor: Tensor) -> bool:
-    """Whether a tensor starts on 16 bytes."""
-    # allocators align storages far beyond 16 bytes, so the offset decides, for fake tensors too
+    """Whether a tensor starts on 16 bytes; for tensors without memory, whether it would."""
+    if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta":
+        return tensor.data_ptr() % 16 == 0
+    # allocators align storages far beyond 16 bytes, so the offset decides
     return tensor.storage_offset() * tensor.element_size() % 16 == 0
 
 

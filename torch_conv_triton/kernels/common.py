@@ -56,7 +56,7 @@ def widen(index, INT64: tl.constexpr):
 @triton.constexpr_function
 def reduction_steps(C_IN, K, TAP_MAJOR, BLOCK_K):
     """Number of slices of BLOCK_K that the reduction over C_IN channels and K taps is cut into."""
-    if TAP_MAJOR:
+    if TAP_MAJOR == 1:
         return K * -(-C_IN // BLOCK_K)
     return -(-C_IN * K // BLOCK_K)
 
@@ -65,15 +65,18 @@ def reduction_steps(C_IN, K, TAP_MAJOR, BLOCK_K):
 def reduction_slice(i, C_IN: tl.constexpr, K: tl.constexpr, TAP_MAJOR: tl.constexpr, BLOCK_K: tl.constexpr):
     """Slice i of the reduction: (channels [BLOCK_K], tap, columns of the weight matrix [BLOCK_K]).
 
-    TAP_MAJOR: BLOCK_K channels of one tap (a scalar); the taps of the same channels follow each other, so that the x they
-    share is still in L1. Otherwise taps run fastest, as in a contiguous weight, and a slice may hold several channels: for few
-    channels.
+    TAP_MAJOR 1: BLOCK_K channels of one tap (a scalar); the taps of the same channels follow each other, so that the x they
+    share is still in L1. TAP_MAJOR 2: channels run fastest and a slice may span taps, for channels that BLOCK_K does not divide.
+    TAP_MAJOR 0: taps run fastest, as in a contiguous weight, and a slice may hold several channels, for few channels.
     """
     j = tl.arange(0, BLOCK_K)
-    if TAP_MAJOR:
+    if TAP_MAJOR == 1:
         k = i % K
         c = (i // K) * BLOCK_K + j
         return c, k, k * C_IN + c
+    elif TAP_MAJOR == 2:
+        r = i * BLOCK_K + j
+        return r % C_IN, r // C_IN, r
     else:
         r = i * BLOCK_K + j
         return r // K, r % K, r
@@ -99,7 +102,7 @@ def load_x_tile(
     BLOCK_K: tl.constexpr,
 ):
     """Gather x[pos + k * dilation, c], zero outside the signal: [BLOCK_M, BLOCK_K]."""
-    if TAP_MAJOR:
+    if TAP_MAJOR == 1:
         rows = pos + k * dilation
         row_mask = row_mask & (rows >= 0) & (rows < L_in)
         if FEWER_TAPS:
@@ -114,7 +117,7 @@ def load_x_tile(
         if FEWER_TAPS:
             mask = mask & (k < taps)[None, :]
         if (C_IN * K) % BLOCK_K != 0:
-            mask = mask & (c < C_IN)[None, :]
+            mask = mask & (c + k * C_IN < C_IN * K if TAP_MAJOR else c < C_IN)[None, :]
         offsets = at * stride_xl
     return tl.load(x_ptr + (offsets + (widen(c, INT64) * stride_xc)[None, :]), mask=mask, other=0.0)
 
@@ -152,8 +155,8 @@ def load_w_tile(
 ):
     """Rows o and columns r (contiguous) of the weight matrix [C_OUT, R]: [BLOCK_N, BLOCK_K]."""
     mask = (o < C_OUT)[:, None]
-    if (C_IN if TAP_MAJOR else C_IN * K) % BLOCK_K != 0:
-        mask = mask & (c < C_IN)[None, :]
+    if (C_IN if TAP_MAJOR == 1 else C_IN * K) % BLOCK_K != 0:
+        mask = mask & (r < C_IN * K if TAP_MAJOR == 2 else c < C_IN)[None, :]
     return tl.load(w_ptr + (o[:, None] * stride_wo + r[None, :]), mask=mask, other=0.0)
 
 

@@ -143,7 +143,7 @@ def conv1d_dense(
 ) -> None:
     """Write the convolution of x ``(N, C_in, L_in)`` with weight ``(C_out, C_in / groups, K)`` into y ``(N, C_out, L_out)``.
 
-    Any strides. `config` holds BLOCK_M, BLOCK_N, BLOCK_K, tap_major, weights_left, prefetch, num_warps, num_stages.
+    Any strides. `config` holds BLOCK_M, BLOCK_N, BLOCK_K, tap_major, merge_taps, weights_left, prefetch, num_warps, num_stages.
     """
     N, _, L_in = x.shape
     _, C_out, L_out = y.shape
@@ -180,8 +180,9 @@ def conv1d_dense(
         C_IN=C_in,
         K=K,
         FLATTEN=flatten,
-        TAP_MAJOR=config.tap_major,
-        ROUND_X=tf32,
+        TAP_MAJOR=2 if config.merge_taps else int(config.tap_major),
+        # the copy rounds on its way
+        ROUND_X=tf32 and not config.copy_to_nlc,
         ROUND_W=tf32 and not rounded,
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,

@@ -135,7 +135,8 @@ def conv1d_dense_tma(
         K=K,
         STRIDE=stride,
         PADDING=padding,
-        ROUND_X=tf32,
+        # the copy rounds on its way
+        ROUND_X=tf32 and not config.copy_to_nlc,
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,
         WEIGHTS_LEFT=config.weights_left,
