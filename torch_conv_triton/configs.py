@@ -33,9 +33,10 @@ INTERPRETER = Device("Triton interpreter", capability=90, sm_count=4, shared_mem
 class Config:
     """Launch parameters of a kernel: BLOCK_M output positions x BLOCK_N output channels, reduced BLOCK_K at a time.
 
-    `tap_major`: a slice of the reduction is one tap of BLOCK_K channels, else all taps of few channels. `weights_left` puts the
-    weights on the left of the tile's product (accumulator [C_out, L]). `programs_per_sm` is for persistent kernels.
-    `copy_to_nlc`: x is first copied to NLC, a workspace of the size of x. `prefetch`: a tile asks for all of its x at the start.
+    `tap_major`: a slice of the reduction is one tap of BLOCK_K channels, else all taps of few channels. `merge_taps`
+    (tap_major): a slice may span taps. `weights_left` puts the weights on the left of the tile's product (accumulator
+    [C_out, L]). `programs_per_sm` is for persistent kernels. `copy_to_nlc`: x is first copied to NLC, a workspace of the size of
+    x, and rounded to TF32 where products are. `prefetch`: a tile asks for all of its x at the start.
     """
 
     BLOCK_M: int
@@ -44,6 +45,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     tap_major: bool = False
+    merge_taps: bool = False
     weights_left: bool = False
     programs_per_sm: int = 1
     copy_to_nlc: bool = False
@@ -51,7 +53,7 @@ class Config:
 
     def __str__(self) -> str:
         blocks = "x".join(str(b) for b in (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K) if b)
-        flags = [name for name in ("tap_major", "weights_left", "copy_to_nlc", "prefetch") if getattr(self, name)]
+        flags = [name for name in ("tap_major", "merge_taps", "weights_left", "copy_to_nlc", "prefetch") if getattr(self, name)]
         persistent = [f"p{self.programs_per_sm}"] if self.programs_per_sm > 1 else []
         return " ".join([blocks, f"w{self.num_warps}", f"s{self.num_stages}", *persistent, *flags])
 
@@ -86,14 +88,21 @@ def gemm_config(problem: Conv1dProblem, device: Device) -> Config:
     elif problem.dtype.itemsize == 4 and 128 < problem.C_out_per_group <= 256 and _fills_wide_tiles(problem, device):
         # 192 -> 192 K7 128x256x32 1.24, 128x128x16 1.41
         config = Config(128, 256, 32, num_warps=8, num_stages=4)
+    elif problem.dtype.itemsize == 4 and copy_to_nlc:
+        # x_hifi128_k7 s3 0.093; s4 leaves room for one program an SM
+        config = replace(config, num_stages=3)
     if not copy_to_nlc:
         config = _spread(config, problem, device)
         if config.BLOCK_M == config.BLOCK_N == 32 and not nlc and problem.flops < 100e6:
             # weights in channel-major order need no packing, which is a launch of its own: 1x64x256 K3 4.0 us, 5.2 tap by tap
             tap_major = False
+    merge_taps = _merges_taps(problem, config, nlc)
+    if merge_taps:
+        config = replace(config, num_stages=4)
     slice_length = problem.C_in_per_group * (1 if tap_major else problem.K)
     config = replace(
         config,
+        merge_taps=merge_taps,
         BLOCK_K=min(config.BLOCK_K, max(16, ceil_pow2(slice_length))),
         tap_major=tap_major,
         # On the left the weights are the M of the product, of which warp-group instructions need 64. Below that triton 3.6
@@ -102,6 +111,12 @@ def gemm_config(problem: Conv1dProblem, device: Device) -> Config:
         copy_to_nlc=copy_to_nlc,
     )
     return fit(config, problem, device)
+
+
+def _merges_taps(problem: Conv1dProblem, config: Config, nlc: bool) -> bool:
+    """Whether slices run on into the next tap, where channels do not fill them: p28 (48 channels a group) 0.238 against 0.298."""
+    channels = problem.C_in_per_group
+    return nlc and problem.dtype.itemsize == 2 and problem.K > 1 and channels % 16 == 0 and channels % config.BLOCK_K != 0
 
 
 def _spread(config: Config, problem: Conv1dProblem, device: Device) -> Config:
@@ -173,13 +188,21 @@ def _compute_bound_tile(problem: Conv1dProblem, config: Config) -> Config:
 
 def copies_to_nlc(problem: Conv1dProblem) -> bool:
     """Whether x is worth a copy to NLC first: many channels in NCL, whose products outweigh the copy."""
-    if problem.layout == "NLC" or problem.groups > 1 or problem.K == 1 or problem.L_out < 128:
+    if problem.layout == "NLC" or problem.groups > 1 or problem.K == 1:
         return False
     if problem.dtype.itemsize == 2:
+        if problem.L_out < 128:
+            return False
         # p16 0.112 against 0.228 without; x_whisper1 (128 -> 1280) 0.074 against 0.119
         return problem.C_in >= 128 and problem.C_out >= 256
-    # p13 0.314 against 0.402; K 3 loses (p15 0.109 against 0.094), and so do 128 channels (x_dacdown 0.354 against 0.226)
-    return min(problem.C_in, problem.C_out) >= 256 and problem.K > 3
+    if problem.precision == "ieee":
+        return False
+    # Rounded on the way, x goes from memory to the tensor cores without passing registers: p13 0.260 against 0.402, p05 (128
+    # channels) 0.434 and 0.512, x_k7c384 0.663 and 0.878. K 3 gains nothing (p15 0.097 and 0.096), and fewer channels lose
+    # (x_dacdown 0.274 against 0.227).
+    channels = min(problem.C_in, problem.C_out)
+    many = channels >= 256 or (channels >= 128 and problem.C_in % 32 == 0 and problem.stride == 1)
+    return many and problem.K > 3 and problem.flops > 1e9
 
 
 def fit(config: Config, problem: Conv1dProblem, device: Device) -> Config:
@@ -249,10 +272,13 @@ def tma_config(problem: Conv1dProblem, device: Device) -> Config:
     """Tile of the tensor-descriptor kernel: BLOCK_K is a power of two that divides the channels of a group."""
     config = gemm_config(problem, device)
     channels = problem.C_in_per_group
-    # s_seed_bf16 in NLC 128x128x32 s4 0.895, 128x128x64 s3 0.989; p02 and p16 the reverse
-    BLOCK_K, num_stages = (32, 4) if channels <= 64 else (64, 3)
+    if problem.dtype.itemsize == 4:
+        BLOCK_K, num_stages = 32, 4
+    else:
+        # s_seed_bf16 in NLC 128x128x32 s4 0.895, 128x128x64 s3 0.989; p02 and p16 the reverse
+        BLOCK_K, num_stages = (32, 4) if channels <= 64 else (64, 3)
     # p02 w4 0.0485, w8 0.0491; p16 w4 0.181, w8 0.185
-    return replace(
+    config = replace(
         config,
         # x_hifi32_bf16 in NLC 256x32x32 0.314, 128x32x32 0.331
         BLOCK_M=128 if config.BLOCK_N >= 64 else 256,
@@ -261,5 +287,15 @@ def tma_config(problem: Conv1dProblem, device: Device) -> Config:
         # tensor cores of sm_100 leave the accumulators to an epilogue that spills with fewer
         num_warps=8 if device.capability >= 100 else 4,
         num_stages=num_stages,
+        merge_taps=False,
         weights_left=False,
     )
+    if problem.dtype.itemsize == 4 and config.BLOCK_N == 128:
+        tiles = problem.N * -(-problem.L_out // 128) * -(-problem.C_out_per_group // 128)
+        if tiles < 1.5 * device.sm_count:
+            # x_hifi512 64x128 s3 0.087, 256x128 0.095
+            return replace(config, BLOCK_M=64, num_stages=3)
+        if tiles >= 8 * device.sm_count and problem.C_out_per_group % 256 == 0:
+            # p14 128x256 w8 0.320, 128x128 0.325; x_k7c768, with fewer tiles, 0.367 and 0.358
+            return replace(config, BLOCK_N=256, num_warps=8)
+    return config

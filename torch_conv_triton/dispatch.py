@@ -92,7 +92,7 @@ def tma_refusal(problem: Conv1dProblem, device: Device, config: Config) -> str |
     """Why x cannot be read through a tensor descriptor with this config, or None."""
     if device.capability < 90:
         return "tensor descriptors need sm_90"
-    if problem.dtype == torch.float32:
+    if problem.dtype == torch.float32 and not (config.copy_to_nlc and problem.precision == "tf32"):
         return "float32 is rounded in registers, where a block copy has no gain"
     if config.BLOCK_K < 16 or problem.C_in_per_group % config.BLOCK_K:
         return "the channels of a group are not a multiple of 16"
@@ -205,7 +205,10 @@ def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
     if not tma_refusal(problem, device, config):
         # A descriptor costs the host tens of microseconds, so the kernel has to outlast it. Narrow copies lose (p28, 16
         # channels wide: 0.53 against 0.34).
-        wins = problem.flops > 20e9 and config.BLOCK_K >= 32
+        wins = problem.flops > 20e9 and config.BLOCK_K >= 32 and problem.L_out >= 64
+        if problem.dtype == torch.float32:
+            # x_k7c192 as a gathered GEMM with tiles of 256 channels 0.959, in block copies 1.054
+            wins = wins and problem.C_out_per_group % 128 == 0
         plan = Plan("dense_tma", config, "channels-last x: every tap is a row shift of one block copy")
         ranked.append((2 if wins else 0, plan))
     config = persistent_config(problem, device)

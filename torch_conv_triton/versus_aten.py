@@ -5,6 +5,7 @@ Figures in comments are ms, ours against [aten's], of layers of the models of th
 
 from __future__ import annotations
 
+from torch_conv_triton.configs import copies_to_nlc
 from torch_conv_triton.problem import Conv1dProblem
 
 # a problem below both takes a GPU less time than a launch takes the host
@@ -69,21 +70,21 @@ def _pointwise(problem: Conv1dProblem) -> str | None:
 def _dense_32bit(problem: Conv1dProblem) -> str | None:
     reduction = problem.C_in * problem.K
     tiles = problem.N * problem.L_out * problem.C_out // TILE
-    # 512 -> 128 K7 of 8 x 756 0.098 [0.059], 1024 -> 1536 K7 of 4 x 430 0.237 [0.218]; without bias 192 -> 384 K5 of 8 x 400
-    # 0.035 [0.032]
-    few = (tiles < 64 or (problem.C_in >= 1024 and tiles < 170)) if problem.has_bias else tiles < 96
-    # small ones are ours, in us: 1x512x256 K3 18.5 [23.1 without bias], 1x128x4096 K7 20.8 [15.3]
-    if problem.C_in >= 128 and few and problem.flops > 500e6:
+    # 512 -> 128 K7 of 8 x 756 0.098 [0.059]; small ones are ours, in us: 1x512x256 K3 18.5 [23.1 without bias], 1x128x4096 K7
+    # 20.8 [15.3]; so are short ones, p25 0.043 [0.063 without bias]
+    if problem.C_in >= 128 and tiles < 64 and problem.flops > 500e6 and problem.L_out >= 128:
         return "too few tiles to fill the GPU, where cuDNN splits the reduction"
+    if copies_to_nlc(problem) and problem.C_in % 32 == 0:
+        # p09 0.470 [0.475 without bias], x_k7c768 0.358 [0.396], x_k7c192 0.959 [1.124]
+        return None
     if problem.stride > 1:
-        # 256 -> 512 K16 s8 0.265 [0.290, without bias 0.268] in one model, 0.138 [0.139, 0.127] in another; 250 -> 250 K48 s2
-        # 0.596 [0.437]; 128 -> 256 K8 s4 0.440 [0.791], 512 -> 1024 K16 s8 0.234 [0.377]
+        # 250 -> 250 K48 s2 0.596 [0.437]; 128 -> 256 K8 s4 0.440 [0.791]
         slower = reduction >= 1280 and problem.C_in < 512
     elif problem.has_bias:
-        # 250 -> 2000 K32 2.04 [1.32]; 768 -> 768 K7 0.423 [0.434], 256 -> 256 K11 0.314 [0.322]
+        # 250 -> 2000 K32 2.04 [1.32]
         slower = reduction > 6000 and _short_reach(problem)
     else:
-        # 384 -> 384 K7 0.878 [0.770], 192 -> 192 K7 1.24 [1.12], 128 -> 128 K11 0.155 [0.142], K7 0.107 [0.129]
+        # in channels that are no whole blocks, or 3 taps: 250 -> 250 K7 of 16 x 500 0.104 [0.090]
         slower = (reduction >= 1280 or problem.C_in >= 256) and _short_reach(problem)
     return "cuDNN is faster at the products of many channels and taps" if slower else None
 
