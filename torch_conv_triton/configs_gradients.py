@@ -104,14 +104,30 @@ def _tile_of_rows(problem: Conv1dProblem) -> WeightGradConfig:
 def _gathered_tile_32bit(problem: Conv1dProblem) -> WeightGradConfig:
     """x in NCL or strided: taps shift along the contiguous dimension. Blocks go through registers to be rounded anyway."""
     C_in, C_out = problem.C_in_per_group, problem.C_out_per_group
-    # s_seed 128x64x32 w4 2.58, prefetched into shared memory 14.7; p17 16x128x32 tap_major 0.244, not 0.30
-    BLOCK_O, BLOCK_C = _blocks(problem, 64 if C_out > 64 else 128)
-    config = WeightGradConfig(BLOCK_O, BLOCK_C, 32 if BLOCK_C > 16 else 64, num_stages=1, prefetch=True, tap_major=C_in >= 32)
-    if C_out > 64:
-        # taps first where a tile is one tap: s_kb64 w8 3.33, w4 3.57; s_seed not 2.58, tap_major 3.0
-        whole = C_in >= 128 and C_in % 64 == 0
-        return replace(config, tap_major=whole, num_warps=8 if whole else 4)
-    return config
+    if C_out <= 64:
+        # p17 16x128x32 tap_major 0.244, not 0.30; p06 64x128x32 0.33, 64x128x16 0.45
+        BLOCK_O, BLOCK_C = _blocks(problem, 128)
+        BLOCK_L = 32 if BLOCK_C > 16 else 64
+        return WeightGradConfig(BLOCK_O, BLOCK_C, BLOCK_L, num_stages=1, prefetch=True, tap_major=C_in >= 32)
+    if _aligned_taps(problem):
+        # p15 128x128x32 w8 0.22, prefetched 0.26; p03 0.116 and 0.162
+        BLOCK_O, BLOCK_C = _blocks(problem, 128)
+        return WeightGradConfig(BLOCK_O, BLOCK_C, 32, num_warps=8, tap_major=C_in >= 32)
+    if C_in >= 96 and problem.flops > 50e9 and problem.stride == 1:
+        # s_kb64 128x128x16 w4 3.13, 128x64x32 w8 3.85; x_dac96 1.42, 1.64; with less to compute p15 0.263, 0.278
+        return WeightGradConfig(128, 128, 16, num_warps=4, num_stages=1, prefetch=True, tap_major=True)
+    # Taps first where a tile is one tap; with a stride, the taps of a channel share cache lines: p18 0.297, tap_major 0.437.
+    # s_seed 128x64x32 w4 2.6, prefetched into shared memory 14.7
+    whole = C_in >= 128 and problem.stride < 4
+    BLOCK_O, BLOCK_C = _blocks(problem, 64)
+    num_warps = 8 if C_in >= 128 else 4
+    return WeightGradConfig(BLOCK_O, BLOCK_C, 32, num_warps=num_warps, num_stages=1, prefetch=True, tap_major=whole)
+
+
+def _aligned_taps(problem: Conv1dProblem) -> bool:
+    """Whether x under every tap of a block starts on a vector, as Triton can see: 16 divides every shift."""
+    shifts = (problem.L_in, problem.padding, problem.dilation * (problem.K > 1))
+    return problem.layout == "NCL" and problem.aligned and problem.stride == 1 and not any(shift % 16 for shift in shifts)
 
 
 def _gathered_tile_16bit(problem: Conv1dProblem) -> WeightGradConfig:
@@ -147,11 +163,11 @@ def depthwise_weight_grad_config(problem: Conv1dProblem, device: Device) -> Weig
         # p24 0.0092
         config = WeightGradConfig(4, BLOCK_K, 32, num_warps=1, num_stages=1)
     else:
-        # x_tasnet 2x4x512 0.096, 8x4x128 0.102; p32 2x4x512 0.027
-        length = min(512, ceil_pow2(problem.L_out))
+        # x_tasnet 2x4x512 0.096, 8x4x128 0.102; p32 2x4x512 0.027; x_mamba (16 bits) 8x4x128 0.202
+        length = min(512 if problem.dtype.itemsize == 4 else 128, ceil_pow2(problem.L_out))
         config = WeightGradConfig(min(1024 // length, ceil_pow2(problem.C_out)), BLOCK_K, length, num_warps=2, num_stages=1)
     programs = -(-problem.C_out // config.BLOCK_O) * -(-problem.K // BLOCK_K)
-    return with_splits(config, programs, 8, 4 * problem.C_out * problem.K, problem, device)
+    return with_splits(config, programs, 12, 4 * problem.C_out * problem.K, problem, device)
 
 
 def banded_weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:

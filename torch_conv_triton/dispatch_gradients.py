@@ -96,7 +96,11 @@ def weight_grad_problem(
 def plan_input_grad(problem: Conv1dProblem, device: Device | None) -> Plan:
     """The plan of an `input_grad_problem` on this device. None stands for a device without kernels of ours."""
     reason = _reason_for_aten(problem, device, input_grad_faster_in_aten)
-    return aten(reason) if reason else input_grad_candidates(problem, device)[-1]
+    if reason:
+        return aten(reason)
+    # a table tells which of our kernels is fastest; whether aten's convolution is faster still says nothing of its gradient
+    tuned = dispatch.tuned_plan(problem, device)
+    return tuned if tuned and not tuned.is_aten else input_grad_candidates(problem, device)[-1]
 
 
 @lru_cache(maxsize=4096)

@@ -90,7 +90,7 @@ def _launch(plan: Plan, p: Conv1dProblem, grad_output: Tensor, x: Tensor, grad_w
     elif plan.kernel == "weight_grad_banded":
         from torch_conv_triton.kernels.weight_grad_banded import conv1d_weight_grad_banded
 
-        conv1d_weight_grad_banded(grad_output, x, grad_weight, p.padding, tf32, config)
+        conv1d_weight_grad_banded(grad_output, x, grad_weight, p.padding, config)
     else:
         from torch_conv_triton.kernels.weight_grad import conv1d_weight_grad
 

@@ -1,15 +1,78 @@
-"""Where aten computes a gradient faster than our kernels: rules read off measurements on an H200."""
+"""Where aten computes a gradient faster than our kernels: rules read off measurements on an H200.
+
+Figures in comments are ms, ours against [aten's], of cases of the benchmark and layers of its models.
+"""
 
 from __future__ import annotations
 
 from torch_conv_triton.problem import Conv1dProblem
+from torch_conv_triton.versus_aten import TILE, faster_in_aten, launch_bound
+from torch_conv_triton.weave import Weave
+
+LAUNCH = "so small that the launch decides, and aten's is the shorter"
 
 
 def input_grad_faster_in_aten(problem: Conv1dProblem) -> str | None:
     """Why aten is the faster for an input gradient, or None; the problem is the convolution that computes it."""
-    return "aten's gradient is the choice until ours is measured to be faster"
+    if launch_bound(problem):
+        return LAUNCH
+    if problem.layout != "NCL" or (problem.groups > 1 and not problem.is_depthwise):
+        # aten copies grad_output to NCL first, and computes groups one by one
+        return None
+    if problem.is_depthwise:
+        # p27 (K 63) 0.293 [0.105], p26 (K 31) 0.047 [0.080]: as in the forward
+        return None if problem.transposed else faster_in_aten(problem)
+    if problem.dtype.itemsize == 2:
+        return _input_grad_16bit(problem)
+    return _input_grad_32bit(problem)
+
+
+def _input_grad_16bit(problem: Conv1dProblem) -> str | None:
+    if problem.stride > 1 and Weave.of(problem.K, problem.stride, problem.dilation) is None:
+        # s_seed_bf16 (stride 3, dilation 4) 13.8 [5.6]
+        return "neither of stride and dilation divides the other, and phases are gathered one by one"
+    if problem.stride == 1 and problem.K == 1:
+        return "a pointwise convolution is one matrix product, which cuBLAS has"
+    if problem.stride == 1 and problem.C_out <= 8 and problem.C_in >= 256:
+        # 768 -> 4 K15 7.2 [3.4]; with a stride p11 (512 -> 1) 0.30 [1.63]
+        return "cuDNN is faster from many channels to a few"
+    return None
+
+
+def _input_grad_32bit(problem: Conv1dProblem) -> str | None:
+    if problem.stride > 1:
+        # p09 0.40 [0.56], 64 -> 128 K4 s2 0.22 [0.44], s_seed_fp32 4.3 [9.3]
+        return None
+    channels = min(problem.C_in, problem.C_out)
+    if problem.K == 1:
+        wins = problem.L_in % 4 == 0
+        return "a pointwise convolution is one matrix product, which cuBLAS has" if wins else None
+    if channels >= 256 and problem.N * problem.L_out * problem.C_out < 170 * TILE:
+        return "too few tiles to fill the GPU, where cuDNN splits the reduction"
+    if 128 < channels < 256 and problem.K >= 5:
+        # 192 -> 192 K7 1.23 [1.08]; 128 -> 128 K7 0.51 [0.58], 256 -> 256 K11 0.28 [0.32], 512 -> 512 K5 0.33 [0.39]
+        return "cuDNN is faster at the products of many channels and taps"
+    return None
 
 
 def weight_grad_faster_in_aten(problem: Conv1dProblem) -> str | None:
     """Why aten is the faster for a weight gradient, or None; the problem is the forward's, with grad_output's strides for y's."""
-    return "aten's gradient is the choice until ours is measured to be faster"
+    if problem.is_depthwise:
+        # p24 (one token) 0.009 [0.155], p26 0.026 [0.205], p27 0.071 [0.325]
+        return None
+    if launch_bound(problem):
+        return LAUNCH
+    if problem.layout != "NCL" or problem.groups > 1 or min(problem.C_in, problem.C_out) < 128:
+        # x_pos 0.634 [0.681]; s_seed_fp32 2.6 [5.6], x_dac96 1.42 [3.6], p06 (128 -> 64) 0.33 [0.62]
+        return None
+    if problem.K == 1:
+        # p03 0.116 [0.101]; a length that breaks alignment costs aten the gain: p01 0.058 [0.101]
+        wins = problem.dtype.itemsize == 2 or problem.L_in % 4 == 0
+        return "a pointwise gradient is one matrix product, which cuBLAS has" if wins else None
+    if problem.dtype.itemsize == 2:
+        # p10 0.35 [0.27], 128 -> 1280 K3 0.156 [0.126]; p08 (512 000 positions) 1.25 [1.30], p16 (dilated) 0.21 [0.28]
+        slower = problem.dilation == 1 and problem.N * problem.L_out < 100_000
+    else:
+        # p05 (128 -> 128 K7) 0.80 [0.76], p13 0.62 [0.45], p14 0.84 [0.75]; s_kb64 (K 3) 3.1 [4.6], p15 (K 3 d 16) 0.22 [0.25]
+        slower = problem.K > 3 or (problem.dilation == 1 and min(problem.C_in, problem.C_out) >= 256)
+    return "cuDNN is faster at the products of many channels and taps" if slower else None

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import INTERPRET, dot_precision, needs_int64, round_tf32, widen
+from torch_conv_triton.kernels.common import INTERPRET, dot_precision, needs_int64, widen
 from torch_conv_triton.kernels.launch import launch, workspace
 from torch_conv_triton.kernels.reduction import sum_partials
 
@@ -40,7 +40,6 @@ def conv1d_weight_grad_banded_kernel(
     MULTIPLIER: tl.constexpr,
     ROWS: tl.constexpr,  # K + R - 1
     SHIFT: tl.constexpr,  # what `padding` lacks to a multiple of R
-    ROUND: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -75,9 +74,6 @@ def conv1d_weight_grad_banded_kernel(
         x = tl.load(
             x_ptr + n * stride_xn + (x_channels + (at * stride_xl)[None, :, :]), mask=o_mask & x_mask[None, :, :], other=0.0
         )
-        if ROUND:
-            dy = round_tf32(dy)
-            x = round_tf32(x)
         if INTERPRET:
             # the interpreter multiplies the bit patterns of bfloat16
             dy = dy.to(tl.float32)
@@ -89,7 +85,7 @@ def conv1d_weight_grad_banded_kernel(
     tl.store(out_ptr + offsets, acc, mask=o_mask & ((row >= 0) & (row < ROWS))[None, :, None])
 
 
-def conv1d_weight_grad_banded(grad_output: Tensor, x: Tensor, grad_weight: Tensor, padding: int, tf32: bool, config) -> None:
+def conv1d_weight_grad_banded(grad_output: Tensor, x: Tensor, grad_weight: Tensor, padding: int, config) -> None:
     """Write the gradient of a depthwise convolution's weight into the contiguous grad_weight ``(C_out, 1, K)``.
 
     grad_output ``(N, C_out, L_out)`` and x ``(N, C_in, L_in)``, any strides; C_out is a multiple of C_in; stride and dilation
@@ -124,8 +120,8 @@ def conv1d_weight_grad_banded(grad_output: Tensor, x: Tensor, grad_weight: Tenso
         MULTIPLIER=C_out // x.shape[1],
         ROWS=rows,
         SHIFT=shift,
-        ROUND=tf32,
-        PRECISION=dot_precision(x.dtype, tf32),
+        # aten's depthwise gradients do not round to TF32 either
+        PRECISION=dot_precision(x.dtype, tf32=False),
         INT64=needs_int64(x, grad_output),
         BLOCK_O=config.BLOCK_O,
         BLOCK_Q=config.BLOCK_L // R,

@@ -1,0 +1,103 @@
+"""Which plan a gradient gets, and why: pure decisions, tested without a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from torch_conv_triton import dispatch, dispatch_gradients
+from torch_conv_triton.configs import Device
+from torch_conv_triton.configs_gradients import WORKSPACE_BYTES
+from torch_conv_triton.problem import contiguous_strides, output_length
+
+H200 = Device("an H200 without tables", capability=90, sm_count=132, shared_memory=232448)
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def problems(x, C_out, K, dtype=FP32, *, layout="NCL", stride=1, padding=0, dilation=1, groups=1):
+    """The problems of both gradients of a convolution of x of shape ``(N, C_in, L_in)``."""
+    N, C_in, L_in = x
+
+    def tensor(C, L):
+        t = torch.empty((N, C, L) if layout == "NCL" else (N, L, C), dtype=dtype, device="meta")
+        return t if layout == "NCL" else t.transpose(1, 2)
+
+    grad_output = tensor(C_out, output_length(L_in, K, stride, padding, dilation))
+    weight = torch.empty(C_out, C_in // groups, K, dtype=dtype, device="meta")
+    geometry = stride, padding, dilation, groups
+    return (
+        dispatch_gradients.input_grad_problem(grad_output, weight, L_in, *geometry),
+        dispatch_gradients.weight_grad_problem(grad_output, tensor(C_in, L_in), K, *geometry),
+    )
+
+
+SEED = problems((64, 64, 224280), 128, 3, stride=3, dilation=4)
+CHOICES = {
+    "seed": (SEED, "transposed", "weight_grad"),
+    "seed in bf16": (problems((64, 64, 224280), 128, 3, BF16, stride=3, dilation=4), "aten", "weight_grad"),
+    "vocoder": (problems((16, 32, 131072), 32, 7, padding=9, dilation=3), "dense", "weight_grad"),
+    "strided encoder": (problems((16, 512, 31999), 512, 3, FP16, stride=2), "transposed_tma", "weight_grad"),
+    "many products": (problems((8, 256, 6880), 256, 11, padding=5), "transposed_tma", "aten"),
+    "raw audio": (problems((16, 1, 160000), 512, 10, FP16, stride=5), "transposed_interleaved", "weight_grad"),
+    "causal, NLC": (
+        problems((8, 5120, 2048), 5120, 4, BF16, layout="NLC", padding=3, groups=5120), "depthwise", "weight_grad_depthwise",
+    ),
+    "conformer": (problems((16, 512, 1500), 512, 31, BF16, padding=15, groups=512), "depthwise", "weight_grad_banded"),
+    "one token": (problems((64, 5376, 5), 5376, 4, BF16, groups=5376), "aten", "weight_grad_depthwise"),
+    "pointwise": (problems((32, 128, 2048), 1024, 1), "aten", "aten"),
+    "pointwise, NLC": (problems((16, 1024, 375), 2048, 1, BF16, layout="NLC"), "dense_tma", "weight_grad"),
+    "small": (problems((1, 64, 100), 64, 3, padding=1), "aten", "aten"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("pair", "for_input", "for_weight"), CHOICES.values(), ids=CHOICES)
+def test_runs_the_kernel_that_was_measured_to_be_fastest(pair, for_input, for_weight):
+    plans = dispatch_gradients.plan_input_grad(pair[0], H200), dispatch_gradients.plan_weight_grad(pair[1], H200)
+    assert [plan.kernel for plan in plans] == [for_input, for_weight]
+    for plan in plans:
+        assert plan.reason and plan.is_aten == (plan.config is None)
+
+
+def test_no_device_or_dtype_of_ours_means_aten_with_the_reason():
+    for problem, plan in zip(SEED, (dispatch_gradients.plan_input_grad, dispatch_gradients.plan_weight_grad), strict=True):
+        assert plan(problem, None) == dispatch.aten("no kernel of ours runs on this device")
+        assert plan(replace(problem, dtype=torch.float64), H200) == dispatch.aten("fp64 is computed by aten")
+        assert plan(replace(problem, N=0), H200) == dispatch.aten("the input or the output is empty")
+
+
+def test_the_input_gradient_leaves_over_what_the_stride_did():
+    for L_in in range(30, 40):
+        problem, _ = problems((2, 8, L_in), 8, 4, stride=5, padding=1)
+        assert problem.L_out == L_in and 0 <= problem.output_padding < 5
+
+
+@pytest.mark.parametrize("padding", [0, 3, 6, 7])
+def test_a_depthwise_input_gradient_is_plain_where_the_padding_lets_it(padding):
+    problem, _ = problems((2, 8, 40), 8, 4, padding=padding, dilation=2, groups=8)
+    assert problem.transposed == (padding > 6)
+    assert (problem.L_out, problem.padding) == (40, padding if padding > 6 else 6 - padding)
+
+
+def test_sums_are_split_to_fill_the_device_and_within_the_workspace():
+    for pair, _, _ in CHOICES.values():
+        for plan in dispatch_gradients.weight_grad_candidates(pair[1], H200):
+            p, splits = pair[1], plan.config.splits
+            elements = p.C_out * p.C_in_per_group * p.K
+            if plan.kernel == "weight_grad_banded":
+                elements = p.C_out * (p.K + plan.config.BLOCK_C - 1) * plan.config.BLOCK_C
+            assert splits == 1 or splits * 4 * elements <= WORKSPACE_BYTES
+    (plan,) = dispatch_gradients.weight_grad_candidates(SEED[1], H200)
+    assert plan.config.splits * 3 >= 2 * 132 - 3
+
+
+def test_beyond_two_to_the_31_elements_a_faster_aten_is_no_reason():
+    huge = problems((1, 4, 2**29 + 4100), 4, 1)
+    assert dispatch_gradients.plan_input_grad(huge[0], H200).kernel == "dense"
+    assert dispatch_gradients.plan_weight_grad(huge[1], H200).kernel == "weight_grad"
+
+
+def test_strides_of_the_gradient_are_part_of_the_plan_s_key():
+    expanded = dispatch_gradients.weight_grad_problem(
+        torch.empty((), device="meta").expand(2, 4, 8), torch.empty(2, 4, 8, device="meta"), 1, 1, 0, 1, 1
+    )
+    assert expanded.y_strides == (0, 0, 0) and expanded.x_strides == contiguous_strides(4, 8)
