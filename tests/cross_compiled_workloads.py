@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from unittest import mock
 
 import torch
-from cross_compile import SHARED_MEMORY, compile_only
+from cross_compile import SHARED_MEMORY, Compiled, compile_only
 
-from torch_conv_triton import dispatch, execute
+from torch_conv_triton import dispatch, dispatch_gradients, execute, gradients
 from torch_conv_triton.configs import Device
 from torch_conv_triton.problem import Conv1dProblem
 
@@ -74,9 +74,23 @@ def compiled_kernels(workload: Workload, capability: int) -> list[dict]:
             continue
         with mock.patch.object(dispatch, "device_for", lambda _: device), compile_only(capability) as compiled:
             execute.forward_with(plan, problem, x, weight, None)
-        kernels = [asdict(kernel) | {"ptx": None} for kernel in compiled]
-        rows.append({"plan": f"{plan.kernel} {plan.config}", "kernel": plan.kernel, "compiled": kernels})
+        rows.append(_row(plan, compiled))
+    grad_output = torch.empty((N, problem.C_out, problem.L_out), dtype=workload.dtype, device="meta")
+    if workload.nlc:
+        grad_output = grad_output.transpose(1, 2).contiguous().transpose(1, 2)
+    pair = (x, grad_output) if workload.transposed else (grad_output, x)
+    problem = replace(dispatch_gradients.weight_grad_problem(*pair, problem.K, *geometry[:4]), precision=precision)
+    for plan in dispatch_gradients.weight_grad_candidates(problem, device):
+        with compile_only(capability) as compiled:
+            gradients.weight_grad_with(plan, problem, *pair)
+        # the sum of the partial sums comes last
+        rows.append(_row(plan, [kernel for kernel in compiled if kernel.name != "sum_partials_kernel"]))
     return rows
+
+
+def _row(plan: dispatch.Plan, compiled: list[Compiled]) -> dict:
+    kernels = [asdict(kernel) | {"ptx": None} for kernel in compiled]
+    return {"plan": f"{plan.kernel} {plan.config}", "kernel": plan.kernel, "compiled": kernels}
 
 
 if __name__ == "__main__":

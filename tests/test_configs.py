@@ -31,7 +31,7 @@ def test_kernels_fit_the_gpu(plans, workload, capability):
         for kernel in row["compiled"]:
             assert kernel["shared"] <= SHARED_MEMORY[capability], (row["plan"], kernel)
             assert kernel["spills"] <= SPILL_LIMIT, (row["plan"], kernel)
-        if row["kernel"] != "depthwise":
+        if row["kernel"] not in ("depthwise", "weight_grad_depthwise"):
             assert row["compiled"][-1]["tensor_core_ops"] > 0, row
 
 

@@ -67,8 +67,9 @@ def weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConf
         config = _gathered_tile_16bit(problem) if problem.dtype.itemsize == 2 else _gathered_tile_32bit(problem)
     three_products = problem.dtype == torch.float32 and problem.precision == "ieee"
     if device.capability not in (90, 100) or three_products:
-        # accumulators and operands share the registers
-        config = replace(config, BLOCK_O=min(config.BLOCK_O, 64), BLOCK_C=min(config.BLOCK_C, 64), num_warps=4)
+        # accumulators, operands and what is loaded ahead share the registers
+        BLOCK_L = min(config.BLOCK_L, 32) if config.prefetch else config.BLOCK_L
+        config = replace(config, BLOCK_O=min(config.BLOCK_O, 64), BLOCK_C=min(config.BLOCK_C, 64), BLOCK_L=BLOCK_L, num_warps=4)
     # On the left lies the M of the product, of which warp-group instructions need 64.
     config = replace(config, grad_left=config.BLOCK_O >= 64 or config.BLOCK_C < 64)
     while config.num_stages > 1 and pipeline_bytes(config, problem.dtype.itemsize) > device.shared_memory - 4096:
