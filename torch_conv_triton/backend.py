@@ -32,9 +32,10 @@ def triton_conv(
 ) -> Callable[..., Any]:
     """Compile a graph as Inductor does, its 1-D convolutions rewritten into ours.
 
-    `mode` is one of Inductor's modes. `options` holds options of Inductor; ``"mode"``, which `torch.compile` does not take
-    beside options; and our own, ``"triton_conv.<name>"`` (see `PassOptions`). A pass of the user's in
-    ``post_grad_custom_pre_pass`` runs before ours. Raises RuntimeError for an unknown option or a value of the wrong type.
+    `mode` is one of Inductor's modes; with ``"max-autotune"`` our convolutions are tuned too. `options` holds options of
+    Inductor; ``"mode"``, which `torch.compile` does not take beside options; and our own, ``"triton_conv.<name>"`` (see
+    `PassOptions`). A pass of the user's in ``post_grad_custom_pre_pass`` runs before ours. Raises RuntimeError for an unknown
+    option or a value of the wrong type.
     """
     options = dict(options or {})
     own = {key.removeprefix(PREFIX): options.pop(key) for key in list(options) if key.startswith(PREFIX)}
@@ -76,6 +77,7 @@ def _hook(options: Mapping[str, Any], own: Mapping[str, Any], recorder: Recorder
 
     from torch_conv_triton.graph.manager import ConvolutionPass, PassOptions, chained
 
+    own = {"tune": bool(options.get("max_autotune", config.max_autotune)), **own}
     return chained(options.get(HOOK, getattr(config, HOOK)), ConvolutionPass(PassOptions.of(own), recorder))
 
 

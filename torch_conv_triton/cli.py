@@ -1,4 +1,4 @@
-"""The command ``torch-conv-triton``: demo, explain, bench, doctor."""
+"""The command ``torch-conv-triton``: demo, explain, tune, bench, doctor."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ import torch_conv_triton
 from torch_conv_triton.bench.command import add_bench_arguments
 from torch_conv_triton.bench.command import main as bench
 from torch_conv_triton.problem import KERNEL_DTYPES, dtype_name
+from torch_conv_triton.tuning.command import add_tune_arguments
+from torch_conv_triton.tuning.command import main as tune
 
 DTYPES = {dtype_name(dtype): dtype for dtype in KERNEL_DTYPES}
 
@@ -62,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--backward", action="store_true", help="explain training: the forward and its gradients")
     _add_device(explain)
     _add_json(explain)
+
+    add_tune_arguments(_command(commands, "tune", _tune, "find the fastest way to run convolutions on this GPU and remember it"))
 
     add_bench_arguments(
         _command(commands, "bench", bench, "time convolutions and models beside cuDNN and torch.compile, on a GPU")
@@ -123,6 +127,14 @@ def _explain(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
     return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    if args.model is None or not torch.cuda.is_available():
+        return tune(args)
+    with _standard_output_for_json(args.json):
+        model = load_model(args.model)
+    return tune(args, tree_map(lambda leaf: _to(leaf, torch.device("cuda")), model))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -152,7 +152,8 @@ def tuned_plan(problem: Conv1dProblem, device: Device) -> Plan | None:
     entry = tables.lookup(problem, device)
     if entry is None:
         return None
-    found = Plan(entry.kernel, entry.config, f"tuned: {entry.ms:.3g} ms, aten {entry.aten_ms:.3g}", tuned=True)
+    beside = "" if entry.aten_ms is None else f", aten {entry.aten_ms:.3g}"
+    found = Plan(entry.kernel, entry.config, f"tuned: {entry.ms:.3g} ms{beside}", tuned=True)
     return None if plan_refusal(found, problem, device) else found
 
 

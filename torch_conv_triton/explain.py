@@ -23,6 +23,14 @@ def explain(model: Callable[..., Any], /, *args: Any, backward: bool = False, **
     graph is explained; it needs grad mode and something that requires grad. The model runs for real, with the side
     effects that it has.
     """
+    recorder, graphs = record(model, args, kwargs, backward)
+    report = Report(tuple(recorder.records), graphs)
+    report.print()
+    return report
+
+
+def record(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> tuple[Recorder, int]:
+    """What `explain` reports, as the pass recorded it, and how many graphs there were."""
     model = getattr(model, "_orig_mod", model)
     modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
     recorder = Recorder({str(id(module)): name for name, module in modules})
@@ -31,15 +39,13 @@ def explain(model: Callable[..., Any], /, *args: Any, backward: bool = False, **
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
-        return compile_with(gm, example_inputs, recorder=recorder)
+        return compile_with(gm, example_inputs, own={"tune": False}, recorder=recorder)
 
     with _forgotten(backend):
         outputs = torch.compile(_own_frame(model), backend=backend, dynamic=False)(*args, **kwargs)
         if backward:
             _differentiate(outputs, model, args, kwargs)
-    report = Report(tuple(recorder.records), graphs)
-    report.print()
-    return report
+    return recorder, graphs
 
 
 def _own_frame(model: Callable[..., Any]) -> Callable[..., Any]:

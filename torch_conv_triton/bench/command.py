@@ -44,13 +44,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--backward", action="store_true", help="time the gradients, through autograd, instead of the forward")
 
-    shape = parser.add_argument_group("with --shape")
-    shape.add_argument("--weight", metavar="OxIxK", help="sizes of the weight, as in 768x48x128")
-    for name, default in (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1), ("output-padding", 0)):
-        shape.add_argument(f"--{name}", type=int, default=default, metavar="INT", help=f"default {default}")
-    shape.add_argument("--layout", choices=("NCL", "NLC"), default="NCL", help="memory layout of x (default NCL)")
-    shape.add_argument("--transposed", action="store_true", help="conv_transpose1d")
-    shape.add_argument("--bias", action="store_true", help="with a bias")
+    add_geometry_arguments(parser)
 
     models = parser.add_argument_group("with --models")
     models.add_argument("--train", action="store_true", help="run a training step instead of inference")
@@ -96,6 +90,17 @@ def _positive(number: Callable[[str], float]) -> Callable[[str], float]:
     # argparse names it where the text is no number
     read.__name__ = number.__name__
     return read
+
+
+def add_geometry_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that belong to --shape, as `cases_of` reads them."""
+    shape = parser.add_argument_group("with --shape")
+    shape.add_argument("--weight", metavar="OxIxK", help="sizes of the weight, as in 768x48x128")
+    for name, default in (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1), ("output-padding", 0)):
+        shape.add_argument(f"--{name}", type=int, default=default, metavar="INT", help=f"default {default}")
+    shape.add_argument("--layout", choices=("NCL", "NLC"), default="NCL", help="memory layout of x (default NCL)")
+    shape.add_argument("--transposed", action="store_true", help="conv_transpose1d")
+    shape.add_argument("--bias", action="store_true", help="with a bias")
 
 
 def main(args: argparse.Namespace) -> int:

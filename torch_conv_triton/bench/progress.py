@@ -1,9 +1,10 @@
-"""Progress of long work on standard error: a bar on a terminal, a line a step elsewhere."""
+"""Progress of long work on standard error: a bar on a terminal where rich is installed, a line a step elsewhere."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import util
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -11,7 +12,7 @@ T = TypeVar("T")
 
 def track(items: Sequence[T], names: Sequence[str]) -> Iterator[T]:
     """Yield the items, showing which one, by its name, is worked on."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or util.find_spec("rich") is None:
         for i, (item, name) in enumerate(zip(items, names, strict=True), 1):
             print(f"[{i}/{len(items)}] {name}", file=sys.stderr, flush=True)
             yield item

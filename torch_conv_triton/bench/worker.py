@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -26,7 +29,7 @@ class Worker:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._process: multiprocessing.Process | None = None
+        self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
 
     def __enter__(self) -> Worker:
@@ -51,8 +54,7 @@ class Worker:
             self.close()
             raise
         except (EOFError, ConnectionError) as error:
-            self._process.join()
-            code = self._process.exitcode
+            code = self._process.wait()
             self.close()
             raise WorkerError(f"the process died with exit code {code}") from error
 
@@ -60,16 +62,21 @@ class Worker:
         """End the child, if there is one."""
         if self._process is not None:
             self._process.kill()
-            self._process.join()
+            self._process.wait()
             self._connection.close()
             self._process = self._connection = None
 
     def _start(self) -> None:
-        # a forked child could not use CUDA
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,))
-        self._process.start()
+        # A forked child could not use CUDA, and one that multiprocessing spawns imports the program's main module again: a
+        # script without a guard around its main part would run once more.
+        self._connection, theirs = multiprocessing.Pipe()
+        handle = theirs.fileno()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve({handle})"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            stdin=subprocess.DEVNULL,
+            pass_fds=(handle,),
+        )
         theirs.close()
 
 
@@ -89,7 +96,9 @@ class Here:
             raise WorkerError(in_words(error)) from error
 
 
-def _serve(connection: Connection) -> None:
+def serve(handle: int) -> None:
+    """Answer the calls that come through the file descriptor of a pipe, until its other end is closed: what the child runs."""
+    connection = Connection(handle)
     while True:
         try:
             function, args, kwargs = connection.recv()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -73,6 +73,22 @@ class Convolution:
     def plan(self) -> Plan:
         """How the operator would run it at those sizes."""
         return dispatch.plan(self.problem(), self.device)
+
+
+def static_problems(graph: Graph) -> dict[torch.device, list[Conv1dProblem]]:
+    """The problems of the graph's forward convolutions that have one size and that kernels of ours compute, by device.
+
+    One with a bias comes without it too, as which it may run, see `rewrite_convolutions`.
+    """
+    found: dict[torch.device, list[Conv1dProblem]] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.convolution.default):
+        conv = read(node)
+        if conv is None or reason_to_keep(conv) or not conv.is_static or dispatch.refusal(conv.problem()):
+            continue
+        problem = conv.problem()
+        with_and_without = [problem, replace(problem, has_bias=False)] if problem.has_bias else [problem]
+        found.setdefault(value(conv.input).device, []).extend(with_and_without)
+    return found
 
 
 def read(node: Node) -> Convolution | None:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from torch.fx import Graph
 import torch_conv_triton
 from torch_conv_triton import dispatch
 from torch_conv_triton.graph.backward import split_backward
+from torch_conv_triton.graph.convolution import static_problems
 from torch_conv_triton.graph.report import ConvRecord, Recorder
 from torch_conv_triton.graph.rewrite import rewrite_convolutions
 from torch_conv_triton.problem import current_precision
+from torch_conv_triton.tuning import tables
+from torch_conv_triton.tuning.compile_time import tune_while_compiling
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +33,12 @@ log = logging.getLogger(__name__)
 class PassOptions:
     """Options of the pass, given to `torch.compile` as ``options={"triton_conv.<name>": value}``.
 
-    `gradients`: also rewrite the backward; False leaves `aten.convolution_backward` to Inductor.
+    `gradients`: also rewrite the backward; False leaves `aten.convolution_backward` to Inductor. `tune`: time ways to run the
+    forward convolutions whose sizes are fixed, while compiling; by default as Inductor's ``max_autotune``.
     """
 
     gradients: bool = True
+    tune: bool = False
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> PassOptions:
@@ -62,6 +68,11 @@ class ConvolutionPass(CustomGraphPass):
         self.recorder = recorder
 
     def __call__(self, graph: Graph) -> None:
+        if self.recorder:
+            self.recorder.problems += chain.from_iterable(static_problems(graph).values())
+        if self.options.tune:
+            for device, problems in static_problems(graph).items():
+                tune_while_compiling(problems, device)
         for record in self._steps(graph, self.recorder.module_names if self.recorder else {}):
             log.debug("%s", record)
             if self.recorder:
@@ -78,7 +89,8 @@ class ConvolutionPass(CustomGraphPass):
             return None
         # the same graph compiles to something else where the CPU runs kernels, that is in the interpreter
         surroundings = (dispatch.device_for(torch.device("cpu")), current_precision(torch.float32))
-        return ("triton_conv", torch_conv_triton.__version__, source_hash(), repr(astuple(self.options)), repr(surroundings))
+        known = (source_hash(), tables.fingerprint())
+        return ("triton_conv", torch_conv_triton.__version__, *known, repr(astuple(self.options)), repr(surroundings))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ConvolutionPass) and (self.options, self.recorder) == (other.options, other.recorder)

@@ -133,10 +133,14 @@ class Report:
 
 @dataclass(slots=True)
 class Recorder:
-    """Collects what a pass does. `module_names` gives the name of a module by its id, as `module_of` takes it."""
+    """Collects what a pass does. `module_names` gives the name of a module by its id, as `module_of` takes it.
+
+    `problems` are those that a tuner may tune, see `static_problems`.
+    """
 
     module_names: Mapping[str, str] = field(default_factory=dict)
     records: list[ConvRecord] = field(default_factory=list)
+    problems: list[Conv1dProblem] = field(default_factory=list)
 
 
 def module_of(node: Node, names: Mapping[str, str]) -> str:

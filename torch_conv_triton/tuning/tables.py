@@ -41,12 +41,12 @@ SHORT_OUTPUT = 128
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The fastest way to run a kind of problem: `kernel` and `config` as in a plan; `ms` it took, `aten_ms` plain aten."""
+    """The fastest way to run a kind of problem: `kernel` and `config` as in a plan; ms it took, and plain aten where it runs."""
 
     kernel: str
     config: Config | None
     ms: float
-    aten_ms: float
+    aten_ms: float | None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Entry:
@@ -58,14 +58,15 @@ class Entry:
             str(record["kernel"]),
             None if config is None else Config(**config),
             float(record["ms"]),
-            float(record["aten_ms"]),
+            None if record["aten_ms"] is None else float(record["aten_ms"]),
         )
 
     def to_record(self) -> dict[str, Any]:
         config = None
         if self.config is not None:
             config = {f.name: getattr(self.config, f.name) for f in fields(Config) if getattr(self.config, f.name) != f.default}
-        return {"kernel": self.kernel, "config": config, "ms": round(self.ms, 6), "aten_ms": round(self.aten_ms, 6)}
+        aten_ms = None if self.aten_ms is None else round(self.aten_ms, 6)
+        return {"kernel": self.kernel, "config": config, "ms": round(self.ms, 6), "aten_ms": aten_ms}
 
 
 def key(problem: Conv1dProblem) -> str:
@@ -181,6 +182,15 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return records
 
 
+def parse(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Entry]:
+    """The entries by key, without those that are none, as of a package whose configs have other fields."""
+    found = {}
+    for name, record in records.items():
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+            found[name] = Entry.from_record(record)
+    return found
+
+
 def store(path: Path, gpu: str, found: Mapping[str, Entry]) -> None:
     """Add entries to the table at `path`, in place of those of the same keys. Raises OSError where it cannot be written.
 
@@ -245,14 +255,10 @@ def _parsed(path: Path, *, own: bool) -> dict[str, Entry]:
         else:
             log.warning("%s is not read: %s", path, error)
             return {}
-    found, malformed = {}, 0
-    for name, record in records.items():
-        try:
-            found[name] = Entry.from_record(record)
-        except (KeyError, TypeError, ValueError):
-            malformed += 1
-    if malformed:
-        log.warning("%s: %d entries are not read: they are of another version of this package", path, malformed)
+    found = parse(records)
+    if len(found) < len(records):
+        count = len(records) - len(found)
+        log.warning("%s: entries of another version of this package are not used: %d", path, count)
     return found
 
 
