@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from torch_conv_triton.bench import check
 from torch_conv_triton.bench.errors import BenchError
+from torch_conv_triton.bench.measure import gradient_plans
 from torch_conv_triton.bench.peers import PEERS, QUICK_PEERS, forward_contestant, gradient_contestant, parse_peers
 from torch_conv_triton.bench.results import Accuracy
 from torch_conv_triton.bench.roofline import Ceilings
@@ -252,6 +253,15 @@ class TestCheck:
         with torch.no_grad():
             (errors,) = check.gradient_errors(case, (x, weight, bias), grad_output, [expected])
         assert max(errors.whole, errors.worst) < 1e-12
+
+    def test_a_backward_run_tells_which_kernels_compute_the_gradients(self, case):
+        tensors = case.tensors("cpu")
+        grad_output = eager(case, *tensors)
+        for_input, for_weight = (plan.kernel for plan in gradient_plans(case, tensors, grad_output))
+        assert for_weight.startswith("weight_grad")
+        assert not (case.transposed and for_input.startswith("transposed"))
+        (frozen,) = gradient_plans(replace(case, backward_mask=(False, True, False)), tensors, grad_output)
+        assert frozen.kernel == for_weight
 
     def test_chunks_of_the_batch_add_up(self, monkeypatch):
         monkeypatch.setattr(check, "ELEMENTS_AT_ONCE", 1)

@@ -10,13 +10,15 @@ import torch
 import triton
 from torch import Tensor
 
-from torch_conv_triton import dispatch, testing
+from torch_conv_triton import dispatch, dispatch_gradients, testing
 from torch_conv_triton.bench import check
 from torch_conv_triton.bench.peers import OURS, Tensors, convolution, forward_contestant, gradient_contestant
 from torch_conv_triton.bench.results import Accuracy, CaseResult
 from torch_conv_triton.bench.roofline import Ceilings, measure_ceilings
 from torch_conv_triton.bench.suite import Case
 from torch_conv_triton.bench.timing import Contestant, Stopwatch, Timing, race
+from torch_conv_triton.dispatch import Plan
+from torch_conv_triton.problem import Conv1dProblem
 
 
 @cache
@@ -54,16 +56,22 @@ def measure_case(
     torch.cuda.empty_cache()
     tensors = case.tensors("cuda")
     problem = case.problem(tensors)
-    plan = dispatch.plan(problem, dispatch.device_for(tensors[0].device))
-    found = {"kernel": plan.kernel, "config": "" if plan.config is None else str(plan.config), "reason": plan.reason}
     if backward:
         grad_output = random_like_output(case, problem.L_out)
+        plans = gradient_plans(case, tensors, grad_output)
         accuracy = gradient_accuracy(case, tensors, grad_output)
         floor_ms = rates.backward_floor_ms(problem, case)
     else:
+        plans = [dispatch.plan(problem, dispatch.device_for(tensors[0].device))]
         accuracy = output_accuracy(case, tensors)
         floor_ms = rates.floor_ms(problem)
-    found |= {"accuracy": accuracy, "floor_ms": floor_ms}
+    found = {
+        "kernel": " + ".join(plan.kernel for plan in plans),
+        "config": " + ".join("" if plan.config is None else str(plan.config) for plan in plans),
+        "reason": " + ".join(plan.reason for plan in plans),
+        "accuracy": accuracy,
+        "floor_ms": floor_ms,
+    }
     if not accuracy.passed:
         message = (
             f"relative error against float64 {accuracy.ours.whole:.2e}, of the worst element {accuracy.ours.worst:.2e} "
@@ -81,6 +89,24 @@ def measure_case(
     if not isinstance(ours, Timing):
         return CaseResult.of(case, status="failed", message=ours, **found)
     return CaseResult.of(case, status="ok", ours=ours, peers=timings, **found)
+
+
+def gradient_plans(case: Case, tensors: Tensors, grad_output: Tensor) -> list[Plan]:
+    """The plans of the gradients of x and weight, in this order, that the case asks for."""
+    x, weight, _ = tensors
+    device = dispatch.device_for(x.device)
+    geometry = case.stride, case.padding, case.dilation, case.groups
+    if case.transposed:
+        # exchanging input and output makes the one kind of convolution the other
+        for_x = dispatch.plan(Conv1dProblem.from_tensors(grad_output, weight, None, *geometry), device)
+        pair = x, grad_output
+    else:
+        problem = dispatch_gradients.input_grad_problem(grad_output, weight, x.shape[2], *geometry)
+        for_x = dispatch_gradients.plan_input_grad(problem, device)
+        pair = grad_output, x
+    problem = dispatch_gradients.weight_grad_problem(*pair, weight.shape[2], *geometry)
+    for_weight = dispatch_gradients.plan_weight_grad(problem, device)
+    return [plan for plan, wanted in zip((for_x, for_weight), case.gradients, strict=False) if wanted]
 
 
 def random_like_output(case: Case, L_out: int) -> Tensor:
