@@ -1,12 +1,15 @@
 """Recorded launches: what a repeated call launches, on which addresses, and when a call cannot be repeated."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import torch_conv_triton
 from torch_conv_triton.kernels import launch as launching
-from torch_conv_triton.kernels.launch import Recording, launch, workspace
+from torch_conv_triton.kernels.launch import Recording, descriptor, launch, workspace
 
 
 class Kernel:
@@ -35,6 +38,7 @@ class Compiled:
 
 @pytest.fixture(autouse=True)
 def stream_7(monkeypatch):
+    monkeypatch.setattr(launching, "_make_context_current", lambda: None)
     monkeypatch.setattr(launching, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 7)))
 
 
@@ -75,6 +79,18 @@ def test_a_workspace_is_allocated_anew(monkeypatch):
     assert kernel.compiled == [((1, 2, 1), (x.data_ptr(), fresh.data_ptr(), 5, y.data_ptr(), 64), 7)]
 
 
+def test_a_descriptor_is_made_again_on_the_new_address():
+    kernel = Kernel()
+    x, w, y = torch.empty(8, 16), torch.empty(8), torch.empty(8)
+    with Recording(x, w, y) as recording:
+        launch(kernel, (3,), descriptor(x[2:], [6, 16], [16, 1], [4, 16]), w, 5, y, BLOCK=64)
+    x = torch.empty(8, 16)
+    recording.repeat(x, w, y)
+    ((_, (again, *_), _),) = kernel.compiled
+    assert (again.shape, again.strides, again.block_shape, again.padding) == ([6, 16], [16, 1], [4, 16], "zero")
+    assert again.base.data_ptr() == x[2:].data_ptr()
+
+
 def test_nothing_is_noted_outside_a_recording():
     kernel = Kernel()
     recording = record(kernel, torch.empty(8), torch.empty(8), torch.empty(8))
@@ -94,3 +110,10 @@ def test_a_call_that_cannot_be_repeated_says_so(what):
         recording = record(kernel, x, x, y)
     assert not recording.repeatable
     assert len(kernel.bound) == 1
+
+
+def test_every_kernel_is_launched_where_a_recording_sees_it():
+    sources = [path.read_text() for path in (Path(torch_conv_triton.__file__).parent / "kernels").glob("*.py")]
+    assert sum(len(re.findall(r"\blaunch\($", source, re.MULTILINE)) for source in sources) >= 7
+    for source in sources:
+        assert not re.search(r"_kernel\[", source)

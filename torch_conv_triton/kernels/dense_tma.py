@@ -6,14 +6,12 @@ signal arrive as zeros. With stride s, x is seen as (N, s, L_in / s, C): a tap i
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, store_tile, weight_matrix, widen
-from torch_conv_triton.kernels.launch import launch
+from torch_conv_triton.kernels.launch import descriptor, launch
 
 
 @triton.jit(do_not_specialize=["tiles_m", "tiles_n"])
@@ -104,17 +102,13 @@ def conv1d_dense_tma(
     _, C_in, K = weight.shape
     w, stride_wo, _ = weight_matrix(weight, tap_major=True, rounded=tf32)
     stride_n, _, stride_l = x.stride()
-    if x.is_cuda:
-        # The driver encodes descriptors in the thread's current context, which a thread that has made no runtime call does
-        # not have yet; this call makes one, and is allowed during capture.
-        torch.cuda.is_current_stream_capturing()
-    x_desc = TensorDescriptor(
+    x_desc = descriptor(
         x,
         [N, stride, L_in // stride, C_total],
         [stride_n, stride_l, stride_l * stride, 1],
         [1, 1, config.BLOCK_M, config.BLOCK_K],
     )
-    w_desc = TensorDescriptor(w, [C_out, K * C_in], [stride_wo, 1], [config.BLOCK_N, config.BLOCK_K])
+    w_desc = descriptor(w, [C_out, K * C_in], [stride_wo, 1], [config.BLOCK_N, config.BLOCK_K])
     tiles_m = triton.cdiv(L_out, config.BLOCK_M)
     tiles_n = triton.cdiv(C_out // groups, config.BLOCK_N)
     launch(

@@ -37,13 +37,58 @@ def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     return tensor
 
 
+def descriptor(tensor: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> TensorDescriptor:
+    """A descriptor through which a kernel copies blocks of a tensor."""
+    if tensor.is_cuda:
+        _make_context_current()
+    return TensorDescriptor(tensor, shape, strides, block_shape)
+
+
+def _make_context_current() -> None:
+    # The driver encodes descriptors in the thread's current context, which a thread that has made no runtime call does not have
+    # yet; this call makes one, and is allowed during capture.
+    torch.cuda.is_current_stream_capturing()
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """What a launch asks of a tensor."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """An argument that holds an address: which argument, which tensor of the call, the bytes past its start.
+
+    `described`: the fields of a descriptor but its base; None for a plain pointer.
+    """
+
+    position: int
+    tensor: int
+    offset: int
+    described: dict | None
+
+    def value(self, addresses: list[int]) -> int | TensorDescriptor:
+        address = addresses[self.tensor] + self.offset
+        if self.described is None:
+            return address
+        # the fields were checked when the first one was made
+        again = TensorDescriptor.__new__(TensorDescriptor)
+        again.__dict__.update(self.described, base=_Address(address))
+        return again
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One launch: `run` takes all of the kernel's arguments; `places` are (argument, tensor, bytes past its start)."""
+    """One launch: `run` takes all of the kernel's arguments, of which `places` are the addresses."""
 
     run: Callable[..., None]
     args: tuple
-    places: tuple[tuple[int, int, int], ...]
+    places: tuple[_Place, ...]
 
 
 class Recording:
@@ -53,6 +98,7 @@ class Recording:
         self._tensors: list[Tensor | None] = list(tensors)
         self._workspaces: list[tuple] = []
         self._steps: list[_Step] = []
+        self._describes = False
         storages = [t.untyped_storage().data_ptr() for t in tensors if t is not None]
         # tensors that share memory now need not share it in the next call
         self.repeatable = len(set(storages)) == len(storages)
@@ -70,35 +116,42 @@ class Recording:
         spaces = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self._workspaces]
         addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *spaces)]
         stream = driver.active.get_current_stream(tensors[0].get_device())
+        if self._describes:
+            _make_context_current()
         for step in self._steps:
             args = list(step.args)
-            for position, tensor, offset in step.places:
-                args[position] = addresses[tensor] + offset
+            for place in step.places:
+                args[place.position] = place.value(addresses)
             step.run(*args, stream=stream)
 
     def _note(self, kernel, compiled, grid, args, keywords) -> None:
         named = dict(zip(kernel.arg_names, args, strict=False)) | keywords
-        # the interpreter compiles nothing; a descriptor holds an address of its own
-        if compiled is None or any(isinstance(value, TensorDescriptor) for value in named.values()):
+        # the interpreter compiles nothing
+        if compiled is None:
             self.repeatable = False
         if not self.repeatable:
             return
         values = [named[name] for name in kernel.arg_names]
         places = []
         for position, value in enumerate(values):
-            if isinstance(value, Tensor):
-                place = self._place(value)
+            if isinstance(value, (Tensor, TensorDescriptor)):
+                place = self._place(position, value)
                 if place is None:
                     self.repeatable = False
                     return
-                places.append((position, *place))
-                values[position] = 0
+                places.append(place)
+                values[position] = None
+        self._describes |= any(place.described is not None for place in places)
         self._steps.append(_Step(compiled[(*grid, 1, 1)[:3]], tuple(values), tuple(places)))
 
-    def _place(self, argument: Tensor) -> tuple[int, int] | None:
-        """Which tensor of the call the argument is, or is a view of, and the bytes between their starts."""
-        storage = argument.untyped_storage().data_ptr()
+    def _place(self, position: int, value: Tensor | TensorDescriptor) -> _Place | None:
+        """Which tensor of the call an argument is, describes, or is a view of; None if it is none."""
+        described = None
+        if isinstance(value, TensorDescriptor):
+            described = {name: field for name, field in vars(value).items() if name != "base"}
+            value = value.base
+        storage = value.untyped_storage().data_ptr()
         for i, tensor in enumerate(self._tensors):
             if tensor is not None and tensor.untyped_storage().data_ptr() == storage:
-                return i, argument.data_ptr() - tensor.data_ptr()
+                return _Place(position, i, value.data_ptr() - tensor.data_ptr(), described)
         return None

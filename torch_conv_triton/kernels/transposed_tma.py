@@ -7,15 +7,13 @@ between samples, over which tiles then run as over one long signal.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, widen
 from torch_conv_triton.kernels.interleave import mask_phases, pack_interleaved, rows_of_samples, store_interleaved
-from torch_conv_triton.kernels.launch import launch
+from torch_conv_triton.kernels.launch import descriptor, launch
 from torch_conv_triton.weave import Weave
 
 
@@ -142,15 +140,11 @@ def conv1d_transposed_tma(
     x_rows, flatten, tiles_m = rows_of_samples(x, weave, stride, padding, L_out, tf32, config.BLOCK_M)
     L_rows = x_rows.shape[1]
     tiles_n = triton.cdiv(C_out // groups * rows, config.BLOCK_N)
-    if x.is_cuda:
-        # The driver encodes descriptors in the thread's current context, which a thread that has made no runtime call does
-        # not have yet; this call makes one, and is allowed during capture.
-        torch.cuda.is_current_stream_capturing()
     launch(
         conv1d_transposed_tma_fwd_kernel,
         (tiles_n * groups * tiles_m * (1 if flatten else N),),
-        TensorDescriptor(x_rows.flatten(0, 1), [N * L_rows, C_total], [C_total, 1], [config.BLOCK_M, config.BLOCK_K]),
-        TensorDescriptor(packed, list(packed.shape), list(packed.stride()), [config.BLOCK_N, config.BLOCK_K]),
+        descriptor(x_rows.flatten(0, 1), [N * L_rows, C_total], [C_total, 1], [config.BLOCK_M, config.BLOCK_K]),
+        descriptor(packed, list(packed.shape), list(packed.stride()), [config.BLOCK_N, config.BLOCK_K]),
         bias if bias is not None else packed,
         y,
         N,
