@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import ROOT, python
 from expecttest import assert_expected_inline
 
 from torch_conv_triton.bench import command, measure, run, tables
@@ -199,6 +200,15 @@ class TestWorker:
                 worker.call(os._exit, 7)
             assert worker.call(operator.floordiv, 7, 2) == 3
             assert worker.call(os.getpid) != child
+
+    def test_the_programs_main_module_runs_once_without_a_guard(self, tmp_path):
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import math\nfrom torch_conv_triton.bench.worker import Worker\nprint('main')\n"
+            "with Worker(timeout_s=60) as worker:\n    print(worker.call(math.factorial, 5))\n"
+        )
+        done = python(str(script), PYTHONPATH=str(ROOT))
+        assert done.stdout == "main\n120\n", done.stderr
 
     def test_a_call_that_hangs_is_ended(self):
         worker = Worker(timeout_s=60)

@@ -48,7 +48,7 @@ def models(tmp_path):
 
 
 class TestHelp:
-    @pytest.mark.parametrize("arguments", [[], ["demo"], ["explain"], ["bench"], ["doctor"]])
+    @pytest.mark.parametrize("arguments", [[], ["demo"], ["explain"], ["tune"], ["bench"], ["doctor"]])
     def test_every_command_has_help(self, arguments, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main([*arguments, "--help"])

@@ -241,6 +241,17 @@ return [v2]
     assert built.decisions == [("forward", "rewritten", "cuDNN is faster here")]
 
 
+@pytest.mark.parametrize(("tuned_without_bias", "stays"), [(False, True), (True, False)])
+def test_a_kernel_that_won_with_the_bias_keeps_it_unless_aten_won_without(monkeypatch, tuned_without_bias, stays):
+    kernel = dispatch.Plan("dense", None, "tuned: 1 ms, aten 2", tuned=True)
+    without_bias = dispatch.Plan("aten", None, "without a bias aten runs", tuned=tuned_without_bias)
+    monkeypatch.setattr(dispatch, "device_for", lambda device: dispatch.INTERPRETER)
+    monkeypatch.setattr(dispatch, "plan", lambda problem, device: kernel if problem.has_bias else without_bias)
+    built = HandBuilt(*(t.to("meta") for t in (X, WEIGHT, BIAS)), stride=2)
+    assert ("triton_conv.conv1d.default(in0, in1, in2," in graph_text(built.graph)) is stays
+    assert built.decisions == [("forward", "rewritten", (kernel if stays else without_bias).reason)]
+
+
 def test_bias_stays_where_aten_runs_on_the_cpu(monkeypatch):
     monkeypatch.setattr(dispatch, "plan", lambda problem, device: dispatch.aten("aten is faster here"))
     built = HandBuilt(X, WEIGHT, BIAS, stride=2)
