@@ -196,3 +196,19 @@ def test_operators_run_the_kernels():
     for a, e in zip(actual, expected_gradients(case, *leaves[:2], grad_output), strict=False):
         assert_within_budget(a, e, "tf32")
     torch.testing.assert_close(actual[2], grad_output.sum((0, 2)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_channels_of_two_bytes_are_copied_to_channels_last(dtype):
+    case = Case("copied", 2, 128, 45, 130, 3, stride=2, padding=1)
+    x, grad_output = make_inputs(case, dtype)[0], make_grad_output(case, dtype)
+    assert all(plan.config.copy_to_nlc == (dtype != torch.float32) for plan, _ in weight_grads(case, x, grad_output))
+    check(case, dtype)
+
+
+def test_taps_that_shift_by_whole_vectors_are_read_in_them():
+    case = Case("aligned", 2, 20, 64, 80, 3, padding=16, dilation=16)
+    x, grad_output = torch.randn(2, 20, 64), make_grad_output(case, torch.float32)
+    ((plan, _),) = weight_grads(case, x, grad_output)
+    assert not plan.config.prefetch
+    check(case, torch.float32)
