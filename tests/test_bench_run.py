@@ -139,7 +139,7 @@ class TestResults:
         assert record["summary"][0]["group"] == "all"
         assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 
-    @pytest.mark.parametrize("text", ["", "[]", '{"format": 99}', '{"format": 1}'])
+    @pytest.mark.parametrize("text", ["", "[]", '{"format": 99}', '{"format": 1}', '{"models": []}'])
     def test_another_file_is_refused(self, tmp_path, text):
         path = tmp_path / "results.json"
         path.write_text(text)
@@ -278,6 +278,20 @@ class TestCommand:
     def test_numbers_that_measure_nothing_are_refused(self, argv, message, capsys):
         with pytest.raises(SystemExit):
             arguments(*argv)
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (("--stride", "2"), "--stride has a meaning with --shape only"),
+            (("--output-padding", "1"), "--output-padding has a meaning with --shape only"),
+            (("--train",), "--train has a meaning with --models only"),
+            (("--shape", "1x2x9", "--weight", "2x2x3", "--size", "small"), "--size has a meaning with --models only"),
+            (("--models", "--backward"), "a training step of a model is --models --train"),
+        ],
+    )
+    def test_options_that_would_be_ignored_are_refused(self, argv, message, capsys):
+        assert command.main(arguments(*argv)) == 2
         assert message in capsys.readouterr().err
 
     def test_right_cases_give_status_0_and_a_file(self, measured, tmp_path, capsys):

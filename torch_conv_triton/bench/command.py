@@ -21,6 +21,13 @@ from torch_conv_triton.bench.worker import WorkerError
 DEFAULT_MS = {"suite": 200.0, "models": 1000.0}
 DEFAULT_TIMEOUT_S = {"suite": 300.0, "models": 900.0}
 
+_GEOMETRY = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "output_padding": 0}
+# options that belong to one kind of measurement, with the values that say nothing
+_ONLY_WITH = {
+    "shape": {"weight": None, **_GEOMETRY, "layout": "NCL", "transposed": False, "bias": False},
+    "models": {"train": False, "size": "full"},
+}
+
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `main` reads."""
@@ -96,16 +103,28 @@ def add_geometry_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that belong to --shape, as `cases_of` reads them."""
     shape = parser.add_argument_group("with --shape")
     shape.add_argument("--weight", metavar="OxIxK", help="sizes of the weight, as in 768x48x128")
-    for name, default in (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1), ("output-padding", 0)):
-        shape.add_argument(f"--{name}", type=int, default=default, metavar="INT", help=f"default {default}")
+    for name, default in _GEOMETRY.items():
+        shape.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="INT", help=f"default {default}")
     shape.add_argument("--layout", choices=("NCL", "NLC"), default="NCL", help="memory layout of x (default NCL)")
     shape.add_argument("--transposed", action="store_true", help="conv_transpose1d")
     shape.add_argument("--bias", action="store_true", help="with a bias")
 
 
+def refuse_unused(args: argparse.Namespace) -> None:
+    """Raises BenchError for an option that what is measured would ignore."""
+    for kind, options in _ONLY_WITH.items():
+        if getattr(args, kind) is None:
+            for name, silent in options.items():
+                if getattr(args, name) != silent:
+                    raise BenchError(f"--{name.replace('_', '-')} has a meaning with --{kind} only")
+    if args.models is not None and args.backward:
+        raise BenchError("--backward times single convolutions; a training step of a model is --models --train")
+
+
 def main(args: argparse.Namespace) -> int:
     """Run what the arguments ask for. Exit status: 0 if all was right, 1 if a case was not, 2 if it cannot be done."""
     try:
+        refuse_unused(args)
         if args.models is not None:
             return _models(args)
         result = _measured_earlier(args) if args.sources else _suite(args)
@@ -127,7 +146,7 @@ def cases_of(args: argparse.Namespace) -> tuple[Case, ...]:
         return tuple(replace(case, dtype=args.dtype) for case in cases) if args.dtype else cases
     if args.weight is None:
         raise BenchError("--shape needs --weight, as in --shape 8x768x499 --weight 768x48x128 --groups 16")
-    geometry = {name: getattr(args, name) for name in ("stride", "padding", "dilation", "groups", "output_padding")}
+    geometry = {name: getattr(args, name) for name in _GEOMETRY}
     others = {"layout": args.layout, "transposed": args.transposed, "bias": args.bias, "dtype": args.dtype or "fp32"}
     return (case_from_shape(args.shape, args.weight, **geometry, **others),)
 

@@ -188,6 +188,8 @@ def load(path: str | Path) -> SuiteResult:
     """Read what `save` wrote. Raises BenchError for anything else."""
     try:
         record = json.loads(Path(path).read_text())
+        if "models" in record:
+            raise ValueError("results of whole models, which are not merged or plotted")
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']}, but this version reads {FORMAT}")
         cases = tuple(_case_from_record(case) for case in record["cases"])
