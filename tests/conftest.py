@@ -1,6 +1,7 @@
 """Where the kernels run: in Triton's interpreter on the CPU, or on the GPU where ``pytest -m gpu`` asks for it."""
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ def _on_gpu(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # what the person who runs the tests has tuned is not what they are about, and neither is tuning while models compile
+    os.environ["TORCH_CONV_TRITON_CACHE"] = os.path.join(tempfile.gettempdir(), f"torch_conv_triton-tests-{os.getpid()}")
+    os.environ["TORCH_CONV_TRITON_NO_TUNE"] = "1"
     # Triton decides when a kernel is loaded, so it is one or the other for the whole run
     if not _on_gpu(config):
         os.environ["TRITON_INTERPRET"] = "1"

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from commands import python
+from commands import ROOT, python
 from test_dispatch import problem
 
 from torch_conv_triton import dispatch, execute
@@ -20,6 +20,7 @@ GPU = Device("Some GPU (80 GB)", capability=90, sm_count=132, shared_memory=2324
 DENSE = problem((8, 64, 4000), 128, 3)
 ENTRY = Entry("dense", Config(64, 64, 16, num_warps=4, num_stages=2, tap_major=True), 0.5, 1.25)
 ATEN = Entry("aten", None, 0.25, 0.25)
+SHIPPED_PATH = tables.shipped_path
 
 
 @pytest.fixture(autouse=True)
@@ -254,6 +255,18 @@ class TestFiles:
         after = tables.fingerprint()
         keep(path, (DENSE, ATEN))
         assert len({before, after, tables.fingerprint()}) == 3
+
+
+def test_every_shipped_table_is_whole():
+    for path in (ROOT / "torch_conv_triton" / "tuning" / "tables").glob("*.json"):
+        records, gpu = tables.read(path), json.loads(path.read_text())["gpu"]
+        assert SHIPPED_PATH(gpu) == path
+        assert tables.parse(records).keys() == records.keys()
+
+
+def test_a_shipped_table_is_named_after_its_gpu():
+    assert SHIPPED_PATH("NVIDIA H200").name == "nvidia-h200.json"
+    assert SHIPPED_PATH("NVIDIA H200").parent == ROOT / "torch_conv_triton" / "tuning" / "tables"
 
 
 def _refuse(*args):

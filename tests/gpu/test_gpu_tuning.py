@@ -88,6 +88,7 @@ def test_aten_on_channels_last_views_is_right_and_contiguous(case, dtype, layout
 
 def test_max_autotune_tunes_while_it_compiles(device, few_plans, monkeypatch, caplog):
     torch._dynamo.reset()
+    monkeypatch.delenv(compile_time.OFF_VARIABLE)
     monkeypatch.setattr(compile_time, "default_jobs", lambda: 2)
     model = nn.Conv1d(64, 32, 3, padding=1, device=device, dtype=torch.float16)
     x = torch.randn(4, 64, 300, device=device, dtype=torch.float16)
@@ -100,7 +101,8 @@ def test_max_autotune_tunes_while_it_compiles(device, few_plans, monkeypatch, ca
     testing.assert_within_budget(y, reference.conv1d(x, model.weight, model.bias, 1, 1, 1, 1))
 
 
-def test_nothing_is_tuned_while_a_graph_is_captured(device, caplog):
+def test_nothing_is_tuned_while_a_graph_is_captured(device, monkeypatch, caplog):
+    monkeypatch.delenv(compile_time.OFF_VARIABLE)
     graph = torch.cuda.CUDAGraph()
     x = torch.zeros(1, device=device)
     with torch.cuda.graph(graph):

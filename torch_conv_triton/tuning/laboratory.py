@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -59,17 +59,14 @@ class Workers:
             return list(threads.map(self._check, trials))
 
     def measure(self, problem: Conv1dProblem, plans: Sequence[Plan]) -> Mapping[int, float]:
-        return self._call(trial.measure, problem, plans, self._device)
+        # always the same one: it keeps what it times with
+        return self._workers[0].call(trial.measure, problem, plans, self._device)
 
     def _check(self, one: tuple[Conv1dProblem, Plan]) -> str | None:
-        try:
-            return self._call(trial.check, *one, self._device)
-        except WorkerError as error:
-            return str(error)
-
-    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         worker = self._idle.get()
         try:
-            return worker.call(function, *args)
+            return worker.call(trial.check, *one, self._device)
+        except WorkerError as error:
+            return str(error)
         finally:
             self._idle.put(worker)

@@ -31,18 +31,23 @@ def check(problem: Conv1dProblem, plan: Plan, device: torch.device) -> str | Non
 
     Raises where the device's context is lost: then the process is of no more use.
     """
-    problem = fewer_samples(problem)
     try:
-        with torch.no_grad(), testing.float32_precision(problem.precision):
-            tensors, expected = _inputs_and_output(problem, device)
-            with testing.poisoned_allocations():
-                y, again = (execute.forward_with(plan, problem, *tensors) for _ in range(2))
-        testing.assert_within_budget(y, expected, problem.precision)
-        return None if torch.equal(y, again) else "the output differs from call to call"
+        return _fault(fewer_samples(problem), plan, device)
     except Exception as error:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return in_words(error)
+    finally:
+        _release(device)
+
+
+def _fault(problem: Conv1dProblem, plan: Plan, device: torch.device) -> str | None:
+    with torch.no_grad(), testing.float32_precision(problem.precision):
+        tensors, expected = _inputs_and_output(problem, device)
+        with testing.poisoned_allocations():
+            y, again = (execute.forward_with(plan, problem, *tensors) for _ in range(2))
+    testing.assert_within_budget(y, expected, problem.precision)
+    return None if torch.equal(y, again) else "the output differs from call to call"
 
 
 def fewer_samples(problem: Conv1dProblem) -> Conv1dProblem:
@@ -55,6 +60,8 @@ def fewer_samples(problem: Conv1dProblem) -> Conv1dProblem:
 
 def inputs(problem: Conv1dProblem, device: torch.device) -> Tensors:
     """Random x, weight and bias with the strides and the alignment of the problem, beside NaN: a read before or after shows."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     generator = torch.Generator(device).manual_seed(0)
     weight_shape = (problem.C_out, problem.C_in_per_group, problem.K)
     if problem.transposed:
@@ -74,16 +81,14 @@ def inputs(problem: Conv1dProblem, device: torch.device) -> Tensors:
 
 @lru_cache(maxsize=1)
 def _inputs_and_output(problem: Conv1dProblem, device: torch.device) -> tuple[Tensors, Tensor]:
-    _enter(device)
     tensors = inputs(problem, device)
     geometry = problem.stride, problem.padding, problem.dilation, problem.groups, problem.transposed, problem.output_padding
     return tensors, reference.conv1d(*tensors, *geometry)
 
 
-def _enter(device: torch.device) -> None:
-    """Make the device the current one, and leave other processes the memory that nothing here uses."""
+def _release(device: torch.device) -> None:
+    """Leave other processes the memory that nothing here uses."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.cuda.empty_cache()
 
 
@@ -95,7 +100,7 @@ def measure(problem: Conv1dProblem, plans: Sequence[Plan], device: torch.device)
     from torch_conv_triton.bench.measure import stopwatch
 
     _inputs_and_output.cache_clear()
-    _enter(device)
+    _release(device)
     tensors = inputs(problem, device)
     entries = {str(i): partial(_contestant, plan, problem, tensors) for i, plan in enumerate(plans)}
     with testing.float32_precision(problem.precision):
