@@ -63,7 +63,7 @@ def test_a_plan_that_cannot_run_costs_itself(device):
     gpu = dispatch.device_for(device)
     right = dispatch.candidates(problem, gpu)[-1]
     # more shared memory than a block has
-    wrong = Plan("dense", Config(256, 256, 256, 8, 8, tap_major=True), "wrong")
+    wrong = Plan("dense", Config(128, 128, 128, 8, 8, tap_major=True), "wrong")
     with Workers(device, jobs=1) as laboratory:
         faults = laboratory.check([(problem, wrong), (problem, right), (problem, replace(wrong, kernel="aten"))])
     assert faults[0] is not None

@@ -120,7 +120,8 @@ def _contestant(plan: Plan, problem: Conv1dProblem, tensors: Tensors) -> Contest
     else:
         # one call, so that its launches are repeated as in a program
         call = partial(execute.run_kernels, Call(problem, plan), *tensors)
-    return Contestant(call)
+    # every contestant has a thread, and every thread a current device, which the clock's events are on
+    return Contestant(call, partial(torch.cuda.device_of, tensors[0]))
 
 
 def _milliseconds(timings: dict[str, Timing | str]) -> dict[str, float]:
