@@ -52,6 +52,13 @@ WORKLOADS = (
     Workload("upsample_taps_left_over", (4, 768, 1500), (768, 384, 7), FP32, stride=3, padding=2, transposed=True),
     Workload("upsample_taps_left_over_fp16", (8, 512, 3000), (512, 256, 11), FP16, stride=5, padding=3, transposed=True),
     Workload("upsample_phases_apart", (16, 32, 131072), (32, 64, 3), FP32, stride=2, padding=1, dilation=2, transposed=True),
+    Workload("depthwise_ncl", (8, 5120, 2048), (5120, 1, 7), BF16, padding=3, groups=5120),
+    Workload("depthwise_causal", (8, 5120, 2048), (5120, 1, 4), BF16, padding=3, groups=5120),
+    Workload("depthwise_middle", (16, 512, 1500), (512, 1, 31), BF16, padding=15, groups=512),
+    Workload("depthwise_fp32", (16, 512, 938), (512, 1, 7), FP32, padding=3, groups=512),
+    Workload("depthwise_very_long", (8, 768, 16384), (768, 1, 2048), BF16, padding=1024, groups=768),
+    Workload("depthwise_upsample", (1, 192, 9010), (192, 1, 12), FP32, stride=2, groups=192, transposed=True),
+    Workload("depthwise_fp32_nlc", (16, 512, 938), (512, 1, 7), FP32, padding=3, groups=512, nlc=True),
     Workload("depthwise", (8, 5120, 2048), (5120, 1, 4), BF16, padding=3, groups=5120, nlc=True),
 )
 
@@ -70,7 +77,7 @@ def compiled_kernels(workload: Workload, capability: int) -> list[dict]:
     problem = replace(Conv1dProblem.from_tensors(x, weight, None, *geometry), precision=precision)
     rows = []
     for plan in dispatch.candidates(problem, device):
-        if problem.is_depthwise and plan.kernel != "depthwise":
+        if problem.is_depthwise and not plan.kernel.startswith("depthwise"):
             continue
         with mock.patch.object(dispatch, "device_for", lambda _: device), compile_only(capability) as compiled:
             execute.forward_with(plan, problem, x, weight, None)

@@ -12,6 +12,7 @@ from cross_compiled_workloads import WORKLOADS
 
 # bytes a thread: a few registers parked outside the inner loop cost nothing
 SPILL_LIMIT = 128
+ON_CUDA_CORES = ("depthwise", "depthwise_sliding", "depthwise_vector")
 
 
 @pytest.fixture(scope="module")

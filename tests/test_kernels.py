@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from torch_conv_triton import dispatch, execute, reference
+from torch_conv_triton.configs import Config
 from torch_conv_triton.testing import (
     CASES,
     LAYOUTS,
@@ -97,6 +98,41 @@ def test_phases_are_woven_from_a_copy_of_many_channels(case, dtype):
     check_case(case, lambda x, w, b: execute.forward_with(plan, problem, x, w, b), dtype)
 
 
+VERY_LONG = Case("depthwise_very_long", 1, 3, 1700, 3, 1600, padding=800, groups=3)
+LONG_ROWS = Case("depthwise_long_rows", 2, 16, 5000, 16, 6, padding=3, groups=16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_depthwise_filters_of_any_length(dtype):
+    tensors = make_inputs(VERY_LONG, dtype)
+    problem = VERY_LONG.problem(*tensors)
+    plan = next(p for p in dispatch.candidates(problem, dispatch.INTERPRETER) if p.kernel == "depthwise_toeplitz")
+    assert plan.config.run == 0
+    check_case(VERY_LONG, lambda x, w, b: execute.forward_with(plan, problem, x, w, b), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("run", "steps"), [(1, 1), (1, 3), (3, 1), (2, 2)])
+@pytest.mark.parametrize("case", [LONG_ROWS, *named("depthwise_middle", "channel_multiplier_strided")], ids=str)
+def test_runs_of_blocks_share_samples(case, run, steps, dtype):
+    problem = case.problem(*make_inputs(case, dtype))
+    config = Config(16, 16, 16, num_warps=1, num_stages=1, run=run, steps=steps)
+    plan = dispatch.Plan("depthwise_toeplitz", config, "")
+    assert dispatch.plan_refusal(plan, problem, dispatch.INTERPRETER) is None
+    check_case(case, lambda x, w, b: execute.forward_with(plan, problem, x, w, b), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sliding_writes_channels_last_outputs_too(dtype):
+    from torch_conv_triton.kernels.depthwise_sliding import conv1d_depthwise_sliding
+
+    case = Case("sliding", 2, 9, 70, 9, 3, padding=1, groups=9)
+    x, weight, bias = make_inputs(case, dtype, "NLC")
+    y = torch.full((case.N, *case.output_shape[:0:-1]), torch.nan, dtype=dtype).transpose(1, 2)
+    conv1d_depthwise_sliding(x, weight, bias, y, 1, Config(32, 16, run=4, steps=2))
+    assert_within_budget(y, reference.conv1d(x, weight, bias, *case.geometry))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_table_reaches_every_kernel_that_its_names_promise(case):
     kernels = {plan.kernel for plan in dispatch.candidates(case.problem(*make_inputs(case, torch.float32)), dispatch.INTERPRETER)}
@@ -104,7 +140,11 @@ def test_the_table_reaches_every_kernel_that_its_names_promise(case):
         assert kernels == set()
     else:
         assert ("transposed" if case.transposed else "dense") in kernels
-        assert ("depthwise" in kernels) == (case.groups == case.C_in > 1)
+        depthwise = case.groups == case.C_in > 1
+        assert ("depthwise" in kernels) == depthwise
+        assert ("depthwise_vector" in kernels) == (depthwise and "aligned" in case.name)
+        whole = not case.transposed or case.stride in (1, 2, 4)
+        assert ("depthwise_toeplitz" in kernels) == (depthwise and whole)
 
 
 @pytest.mark.parametrize("case", named("dense", "grouped", "transposed", "depthwise"), ids=str)
@@ -131,11 +171,17 @@ def nearest_tf32(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", named("dense", "depthwise", "transposed", "transposed_output_padding", "strided"), ids=str)
+@pytest.mark.parametrize(
+    "case",
+    named("dense", "depthwise", "depthwise_aligned", "depthwise_middle", "depthwise_far_apart", "transposed_depthwise")
+    + named("transposed", "transposed_output_padding", "strided"),
+    ids=str,
+)
 def test_non_finite_values_spread_as_in_aten(case, dtype, value):
     x, weight, bias = make_inputs(case, dtype)
     x[0, 1, 7] = value
-    expected = case.operator(torch.nn.functional)(x, weight, bias)
+    # aten on the CPU lets it spread to other channels in bfloat16, of a transposed depthwise convolution
+    expected = case.operator(torch.nn.functional)(x.float(), weight.float(), bias.float())
     problem = case.problem(x, weight, bias)
     for plan in dispatch.candidates(problem, dispatch.INTERPRETER):
         y = execute.forward_with(plan, problem, x, weight, bias)

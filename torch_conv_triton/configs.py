@@ -36,7 +36,8 @@ class Config:
     `tap_major`: a slice of the reduction is one tap of BLOCK_K channels, else all taps of few channels. `merge_taps`
     (tap_major): a slice may span taps. `weights_left` puts the weights on the left of the tile's product (accumulator
     [C_out, L]). `programs_per_sm` is for persistent kernels. `copy_to_nlc`: x is first copied to NLC, a workspace of the size of
-    x, and rounded to TF32 where products are. `prefetch`: a tile asks for all of its x at the start.
+    x, and rounded to TF32 where products are. `prefetch`: a tile asks for all of its x at the start. Of depthwise kernels: `run`
+    outputs, or blocks of them, in a row share the x that they have in common; a program computes `steps` tiles.
     """
 
     BLOCK_M: int
@@ -50,23 +51,15 @@ class Config:
     programs_per_sm: int = 1
     copy_to_nlc: bool = False
     prefetch: bool = False
+    run: int = 1
+    steps: int = 1
 
     def __str__(self) -> str:
         blocks = "x".join(str(b) for b in (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K) if b)
         flags = [name for name in ("tap_major", "merge_taps", "weights_left", "copy_to_nlc", "prefetch") if getattr(self, name)]
-        persistent = [f"p{self.programs_per_sm}"] if self.programs_per_sm > 1 else []
-        return " ".join([blocks, f"w{self.num_warps}", f"s{self.num_stages}", *persistent, *flags])
-
-
-def depthwise_config(problem: Conv1dProblem) -> Config:
-    """Tiles that are wide along the contiguous dimension of x."""
-    if problem.layout == "NLC":
-        # p22 32x64 0.049, 64x64 0.061; p20 0.130 and 0.128; p29 (fp32, K 7) 32x32 0.028
-        channels = 64 if problem.dtype.itemsize == 2 else 32
-        return Config(32, min(channels, max(16, ceil_pow2(problem.C_out))), num_warps=2, num_stages=1)
-    # p26 128x4 0.042, 512x2 0.054; p32 128x4 0.018
-    length = min(128, max(16, ceil_pow2(problem.L_out)))
-    return Config(length, min(512 // length, ceil_pow2(problem.C_out)), num_warps=2, num_stages=1)
+        counts = {"p": self.programs_per_sm, "run": self.run, "steps": self.steps}
+        repeats = [f"{name}{count}" for name, count in counts.items() if count != 1]
+        return " ".join([blocks, f"w{self.num_warps}", f"s{self.num_stages}", *repeats, *flags])
 
 
 def gemm_config(problem: Conv1dProblem, device: Device) -> Config:

@@ -14,12 +14,12 @@ from torch_conv_triton.configs import (
     Config,
     Device,
     config_refusal,
-    depthwise_config,
     gemm_config,
     persistent_config,
     stays_resident,
     tma_config,
 )
+from torch_conv_triton.configs_depthwise import depthwise_choices, toeplitz_refusal
 from torch_conv_triton.configs_transposed import copies_transposed, interleaved_config, transposed_config, transposed_tma_config
 from torch_conv_triton.problem import INT32_MAX, KERNEL_DTYPES, Conv1dProblem, dtype_name
 from torch_conv_triton.tuning import tables
@@ -185,6 +185,8 @@ def plan_refusal(plan: Plan, problem: Conv1dProblem, device: Device) -> str | No
         return transposed_tma_refusal(problem, weave, device, config) or config_refusal(config, problem, device)
     if plan.kernel == "dense_persistent" and not stays_resident(config, plain, device):
         return "the weights do not stay in shared memory"
+    if plan.kernel == "depthwise_toeplitz":
+        return toeplitz_refusal(problem, config)
     return None if plan.kernel.startswith("depthwise") else config_refusal(config, plain, device)
 
 
@@ -200,7 +202,8 @@ def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
     if problem.transposed:
         return _transposed_by_preference(problem, device)
     if problem.is_depthwise:
-        return [Plan("dense", gemm_config(problem, device), "implicit GEMM, one channel a group"), _depthwise_plan(problem)]
+        general = Plan("dense", gemm_config(problem, device), "implicit GEMM, one channel a group")
+        return [general, *(Plan(*choice) for choice in depthwise_choices(problem))]
     ranked = [(1, Plan("dense", gemm_config(problem, device), "implicit GEMM over any strides"))]
     config = tma_config(problem, device)
     if not tma_refusal(problem, device, config):
@@ -221,14 +224,10 @@ def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
     return [plan for _, plan in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def _depthwise_plan(problem: Conv1dProblem) -> Plan:
-    return Plan("depthwise", depthwise_config(problem), "depthwise: moves bytes, there is no matrix to multiply")
-
-
 def _transposed_by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
     general = Plan("transposed", transposed_config(problem, device), "one output phase a program, every output written once")
     if problem.is_depthwise:
-        return [general, _depthwise_plan(problem)]
+        return [general, *(Plan(*choice) for choice in depthwise_choices(problem))]
     weave = Weave.of(problem.K, problem.stride, problem.dilation)
     if interleaved_refusal(problem, weave):
         return [general]

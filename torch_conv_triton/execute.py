@@ -104,6 +104,18 @@ def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tenso
         from torch_conv_triton.kernels.depthwise import conv1d_depthwise
 
         conv1d_depthwise(x, weight, bias, y, p.stride, p.padding, p.dilation, p.transposed, config)
+    elif plan.kernel == "depthwise_toeplitz":
+        from torch_conv_triton.kernels.depthwise_toeplitz import conv1d_depthwise_toeplitz
+
+        conv1d_depthwise_toeplitz(x, weight, bias, y, p.stride, p.padding, p.dilation, p.transposed, tf32, config)
+    elif plan.kernel == "depthwise_sliding":
+        from torch_conv_triton.kernels.depthwise_sliding import conv1d_depthwise_sliding
+
+        conv1d_depthwise_sliding(x, weight, bias, y, p.padding, config)
+    elif plan.kernel == "depthwise_vector":
+        from torch_conv_triton.kernels.depthwise_vector import conv1d_depthwise_vector
+
+        conv1d_depthwise_vector(x, weight, bias, y, p.padding, p.dilation, config)
     elif plan.kernel == "transposed":
         from torch_conv_triton.kernels.transposed import conv1d_transposed
 

@@ -39,9 +39,6 @@ def launch_bound(problem: Conv1dProblem) -> bool:
 
 
 def _depthwise(problem: Conv1dProblem) -> str | None:
-    # p27 (K 63) 0.272 [0.105], p26 (K 31) 0.042 [0.063]
-    if problem.K > 48 and not problem.transposed:
-        return "cuDNN is faster at long depthwise filters in NCL"
     if problem.L_out < 16 and launch_bound(problem):
         # 64 x 5120 x 4 K4 in float32 14.1 us [6.2]
         return "a depthwise tile is wider than so short an output"

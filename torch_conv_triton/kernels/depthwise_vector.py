@@ -1,0 +1,116 @@
+"""Depthwise convolution with few taps along contiguous, aligned rows: whole vectors in, whole vectors out.
+
+A tap moves a row by less than a vector, so a vector of outputs needs the vectors of x around it and nothing else. They are
+loaded as they lie in memory and shifted in registers, where a shift is only a choice of elements.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torch_conv_triton.kernels.common import needs_int64, widen
+from torch_conv_triton.kernels.launch import launch
+from torch_conv_triton.kernels.vectors import put_together, take_apart
+
+
+@triton.jit(do_not_specialize=["x_vectors", "y_vectors", "C_OUT", "stride_xn", "stride_xc", "stride_yn", "stride_yc", "tiles"])
+def conv1d_depthwise_vector_fwd_kernel(
+    x_ptr,  # (N, C_in, L_in), L contiguous
+    w_ptr,  # (C_out, 1, K), any strides
+    b_ptr,  # (C_out,), or unused
+    y_ptr,  # (N, C_out, L_out), L contiguous
+    x_vectors,  # in a row
+    y_vectors,
+    C_OUT,
+    stride_xn,  # strides of x and y in vectors
+    stride_xc,
+    stride_wo,
+    stride_wk,
+    stride_yn,
+    stride_yc,
+    tiles,  # in a row
+    MULTIPLIER: tl.constexpr,
+    K: tl.constexpr,
+    DILATION: tl.constexpr,
+    FIRST: tl.constexpr,  # vector of x, counted from that of the outputs, with the first sample that they need
+    SHIFT: tl.constexpr,  # where it is in there
+    NEIGHBOURS: tl.constexpr,  # vectors of x that they need
+    VECTOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    o = (pid // tiles) % C_OUT
+    sample = (pid // tiles // C_OUT).to(tl.int64)
+    x_row = x_ptr + (sample * stride_xn + (o // MULTIPLIER).to(tl.int64) * stride_xc) * VECTOR
+    y_row = y_ptr + (sample * stride_yn + o.to(tl.int64) * stride_yc) * VECTOR
+    w_ptr += o.to(tl.int64) * stride_wo
+    v = widen(pid % tiles, INT64) * (BLOCK_M // VECTOR) + tl.arange(0, BLOCK_M // VECTOR)
+    element = tl.arange(0, VECTOR)[None, :]
+
+    window = ()
+    for j in tl.static_range(NEIGHBOURS):
+        at = v + (FIRST + j)
+        x = tl.load(x_row + (at[:, None] * VECTOR + element), mask=((at >= 0) & (at < x_vectors))[:, None], other=0.0)
+        window = window + take_apart(x, VECTOR)
+    weights = ()
+    for k in tl.static_range(K):
+        weights = weights + (tl.load(w_ptr + k * stride_wk).to(tl.float32),)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(b_ptr + o).to(tl.float32)
+    outputs = ()
+    for e in tl.static_range(VECTOR):
+        acc = tl.zeros((BLOCK_M // VECTOR, 1), dtype=tl.float32) + bias
+        for k in tl.static_range(K):
+            acc += window[SHIFT + e + k * DILATION].to(tl.float32) * weights[k]
+        outputs = outputs + (acc.to(y_ptr.dtype.element_ty),)
+    tl.store(y_row + (v[:, None] * VECTOR + element), put_together(outputs), mask=(v < y_vectors)[:, None])
+
+
+def conv1d_depthwise_vector(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, padding: int, dilation: int, config
+) -> None:
+    """Write the depthwise convolution, of stride 1, of x ``(N, C_in, L_in)`` into y ``(N, C_out, L_out)``.
+
+    C_out is a multiple of C_in. Weight ``(C_out, 1, K)``, any strides. x and y have L contiguous and start on 16 bytes; their
+    lengths and other strides are multiples of 16 bytes. A program computes BLOCK_M outputs of one channel.
+    """
+    N, C_in, L_in = x.shape
+    _, C_out, L_out = y.shape
+    K = weight.shape[2]
+    vector = 16 // x.element_size()
+    shift = -padding % vector
+    tiles = triton.cdiv(L_out, config.BLOCK_M)
+    launch(
+        conv1d_depthwise_vector_fwd_kernel,
+        (tiles * C_out * N,),
+        x,
+        weight,
+        bias if bias is not None else weight,
+        y,
+        L_in // vector,
+        L_out // vector,
+        C_out,
+        x.stride(0) // vector,
+        x.stride(1) // vector,
+        weight.stride(0),
+        weight.stride(2),
+        y.stride(0) // vector,
+        y.stride(1) // vector,
+        tiles,
+        MULTIPLIER=C_out // C_in,
+        K=K,
+        DILATION=dilation,
+        FIRST=-padding // vector,
+        SHIFT=shift,
+        NEIGHBOURS=(shift + vector - 1 + (K - 1) * dilation) // vector + 1,
+        VECTOR=vector,
+        HAS_BIAS=bias is not None,
+        INT64=needs_int64(x, y),
+        BLOCK_M=config.BLOCK_M,
+        num_warps=config.num_warps,
+    )
