@@ -79,9 +79,9 @@ CHOICES = {
     "long depthwise filter": (problem((32, 512, 750), 512, 63, padding=31, groups=512, dtype=FP16), "depthwise_toeplitz"),
     "many channels upsampled": (problem((8, 512, 860), 256, 16, stride=8, padding=4, transposed=True), "transposed_tma"),
     "many channels upsampled, taps left over": (problem((2, 1024, 1024), 512, 16, stride=5, transposed=True), "aten"),
-    "many products, bias": (problem((4, 768, 3440), 768, 7, padding=3), "dense"),
-    "many products": (problem((4, 768, 3440), 768, 7, padding=3, bias=False), "aten"),
-    "many products, dilated": (problem((4, 768, 3440), 768, 7, padding=27, dilation=9, bias=False), "dense"),
+    "many products": (problem((4, 768, 3440), 768, 7, padding=3, bias=False), "dense_tma"),
+    "many products of channels that are no whole blocks": (problem((16, 250, 500), 250, 7, padding=3, bias=False), "aten"),
+    "many products, dilated": (problem((4, 768, 3440), 768, 7, padding=27, dilation=9, bias=False), "dense_tma"),
 }
 
 

@@ -220,10 +220,26 @@ def test_bias_of_any_stride(case):
     torch.testing.assert_close(execute.forward(x, weight, spread, *case.geometry), expected)
 
 
+@pytest.mark.parametrize("kernel", ["dense", "dense_tma"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_channels_are_copied_to_channels_last(dtype):
-    case = Case("copied", 1, 256, 301, 256, 5, stride=2, padding=2)
-    tensors = make_inputs(case, dtype)
-    plan = dispatch.plan(case.problem(*tensors), dispatch.INTERPRETER)
-    assert plan.config.copy_to_nlc
-    run_every_plan(case, dtype, "NCL")
+def test_x_is_copied_to_channels_last_and_rounded_on_the_way(dtype, kernel):
+    case = Case("copied", 2, 64, 151, 64, 5, stride=2, padding=2)
+    plan = dispatch.Plan(kernel, Config(64, 64, 32, tap_major=True, copy_to_nlc=True), "")
+
+    def run(x, weight, bias):
+        return execute.forward_with(plan, case.problem(x, weight, bias), x, weight, bias)
+
+    check_case(case, run, dtype, "NCL")
+
+
+@pytest.mark.parametrize("weights_left", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [16, 48])
+def test_slices_may_run_on_into_the_next_tap(channels, dtype, weights_left):
+    case = Case("merged", 2, 2 * channels, 61, 2 * channels, 5, padding=2, dilation=2, groups=2)
+    plan = dispatch.Plan("dense", Config(64, 64, 32, tap_major=True, merge_taps=True, weights_left=weights_left), "")
+
+    def run(x, weight, bias):
+        return execute.forward_with(plan, case.problem(x, weight, bias), x, weight, bias)
+
+    check_case(case, run, dtype, "NLC")

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # large enough for every kernel of the plan table, and for the tiles of many channels
 LARGE = (
-    Case("wide_copied", 2, 256, 700, 256, 5, padding=2),
+    Case("wide_copied", 2, 256, 1400, 256, 5, padding=2),
     Case("wide_strided", 2, 128, 1001, 512, 3, stride=2, padding=1),
     Case("vocoder", 2, 32, 80000, 32, 7, padding=9, dilation=3),
     Case("seed", 2, 64, 60000, 128, 3, stride=3, dilation=4),
