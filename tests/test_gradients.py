@@ -23,11 +23,11 @@ from torch_conv_triton.testing import (
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PLAIN = [case for case in CASES if not case.transposed]
 MANY_POSITIONS = (
-    Case("dense_many_positions", 3, 20, 2100, 24, 5, stride=2, padding=3),
-    Case("grouped_many_positions", 2, 32, 3000, 32, 3, padding=1, groups=2),
-    Case("depthwise_many_positions", 2, 20, 3000, 20, 7, padding=3, groups=20),
-    Case("depthwise_short_and_many", 300, 20, 6, 20, 4, padding=3, groups=20),
-    Case("dense_short_and_many", 300, 20, 6, 20, 3, padding=1),
+    Case("dense_many_positions", 3, 20, 700, 24, 5, stride=2, padding=3),
+    Case("grouped_many_positions", 2, 32, 900, 32, 3, padding=1, groups=2),
+    Case("depthwise_many_positions", 2, 20, 900, 20, 7, padding=3, groups=20),
+    Case("depthwise_short_and_many", 40, 6, 6, 6, 4, padding=3, groups=6),
+    Case("dense_short_and_many", 150, 20, 6, 20, 3, padding=1),
 )
 
 
@@ -73,9 +73,11 @@ def check(case: Case, dtype: torch.dtype, layout: str = "NCL", grad_layout: str 
     return kernels
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", PLAIN, ids=str)
+# every layout of every case, the dtypes in turn; the tests on a GPU run all of them
+IN_TURN = [(case, layout, DTYPES[(i + j) % 3]) for i, case in enumerate(PLAIN) for j, layout in enumerate(LAYOUTS)]
+
+
+@pytest.mark.parametrize(("case", "layout", "dtype"), IN_TURN, ids=str)
 def test_geometries(case, layout, dtype):
     assert bool(check(case, dtype, layout, layout)) == (case.N > 0)
 
@@ -106,7 +108,7 @@ def test_many_positions(case, layout, dtype):
     assert check(case, dtype, layout, layout)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("splits", [1, 3, 1000])
 @pytest.mark.parametrize("case", MANY_POSITIONS, ids=str)
 def test_any_number_of_splits_gives_the_gradient(case, splits):
     x, weight, _ = make_inputs(case, torch.float32)
@@ -121,14 +123,13 @@ def test_any_number_of_splits_gives_the_gradient(case, splits):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("grad_left", [False, True])
 @pytest.mark.parametrize("tap_major", [False, True])
 @pytest.mark.parametrize("case", named("odd_everything", "grouped_tiny", "several_tiles"), ids=str)
-def test_every_order_of_the_tile_gives_the_gradient(case, tap_major, grad_left, prefetch, dtype):
-    x, weight, _ = make_inputs(case, dtype)
-    grad_output = make_grad_output(case, dtype)
+def test_every_order_of_the_tile_gives_the_gradient(case, tap_major, grad_left, prefetch):
+    x, weight, _ = make_inputs(case, torch.float32)
+    grad_output = make_grad_output(case, torch.float32)
     _, expected = expected_gradients(case, x, weight, grad_output)
     problem = dispatch_gradients.weight_grad_problem(grad_output, x, case.K, *geometry(case))
     plan = dispatch_gradients.weight_grad_candidates(problem, INTERPRETER)[0]

@@ -99,7 +99,7 @@ def test_phases_are_woven_from_a_copy_of_many_channels(case, dtype):
 
 
 VERY_LONG = Case("depthwise_very_long", 1, 3, 1700, 3, 1600, padding=800, groups=3)
-LONG_ROWS = Case("depthwise_long_rows", 2, 16, 5000, 16, 6, padding=3, groups=16)
+LONG_ROWS = Case("depthwise_long_rows", 2, 8, 2000, 8, 6, padding=3, groups=8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -166,7 +166,11 @@ def depthwise_weight_grad_config(problem: Conv1dProblem, device: Device) -> Weig
     else:
         # x_tasnet 2x4x512 0.096, 8x4x128 0.102; p32 2x4x512 0.027; x_mamba (16 bits) 8x4x128 0.202
         length = min(512 if problem.dtype.itemsize == 4 else 128, ceil_pow2(problem.L_out))
-        config = WeightGradConfig(min(1024 // length, ceil_pow2(problem.C_out)), BLOCK_K, length, num_warps=2, num_stages=1)
+        # the longest were measured with two warps, where their running sums spill
+        num_warps = 4 if length == 512 else 2
+        config = WeightGradConfig(
+            min(1024 // length, ceil_pow2(problem.C_out)), BLOCK_K, length, num_warps=num_warps, num_stages=1
+        )
     programs = -(-problem.C_out // config.BLOCK_O) * -(-problem.K // BLOCK_K)
     return with_splits(config, programs, 12, 4 * problem.C_out * problem.K, problem, device)
 
