@@ -21,11 +21,15 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", t
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 # bytes of shared memory one block may use
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+LOCAL_MEMORY_GFX942 = 65536
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one kernel: bytes of shared memory, registers and spilled bytes a thread, tensor-core instructions."""
+    """What became of one kernel: bytes of shared memory, registers and spilled bytes a thread, tensor-core instructions.
+
+    `ptx` is empty for gfx942.
+    """
 
     name: str
     shared: int
@@ -36,18 +40,22 @@ class Compiled:
 
 
 @contextmanager
-def compile_only(capability: int):
-    """Within the context a kernel launch compiles for sm_`capability` instead of running; yields the list of `Compiled`."""
+def compile_only(capability: int | None):
+    """Within the context a kernel launch compiles for sm_`capability`, or for gfx942 if it is None, instead of running.
+
+    Yields the list of `Compiled`. gfx942 needs a process in which `torch.version.hip` was set before kernels were imported.
+    """
     compiled: list[Compiled] = []
+    target = GPUTarget("hip", "gfx942", 64) if capability is None else GPUTarget("cuda", capability, 32)
 
     def run(self, *args, grid, warmup, **kwargs):
-        compiled.append(_compile(self, args, kwargs, capability))
+        compiled.append(_compile(self, args, kwargs, target))
 
     with mock.patch.object(JITFunction, "run", run):
         yield compiled
 
 
-def _compile(kernel: JITFunction, args, kwargs, capability: int) -> Compiled:
+def _compile(kernel: JITFunction, args, kwargs, target: GPUTarget) -> Compiled:
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     signature, constexprs, attrs = {}, {}, {}
     values = dict(zip((p.name for p in kernel.params), args, strict=False)) | kwargs
@@ -68,9 +76,14 @@ def _compile(kernel: JITFunction, args, kwargs, capability: int) -> Compiled:
             if value % 16 == 0 and specialised:
                 attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    built = triton.compile(source, target=target, options=options)
+    if target.backend == "hip":
+        code = built.asm["amdgcn"]
+        spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1])
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
+        return Compiled(kernel.__name__, built.metadata.shared, registers, 4 * spills, code.count("v_mfma"), "")
     ptx = built.asm["ptx"]
-    registers, spills = _resources(ptx, capability)
+    registers, spills = _resources(ptx, target.arch)
     tensor_core_ops = sum(ptx.count(op) for op in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
     return Compiled(kernel.__name__, built.metadata.shared, registers, spills, tensor_core_ops, ptx)
 

@@ -1,6 +1,8 @@
-"""Print, as JSON, what the compiler makes of the kernels that real calls run on each GPU architecture.
+"""Print, as JSON, what the compiler makes of the kernels that real calls run.
 
-A program of its own because tests without a GPU run kernels in the interpreter, and a process either interprets or compiles.
+The argument says which: ``heuristics`` for each NVIDIA architecture, ``gfx942`` for an AMD one, or ``tables``, the entries of the
+shipped tables. A program of its own because tests without a GPU run kernels in the interpreter, and a process either
+interprets or compiles, for one maker of GPUs.
 """
 
 import json
@@ -9,11 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from unittest import mock
 
 import torch
-from cross_compile import SHARED_MEMORY, Compiled, compile_only
+from cross_compile import LOCAL_MEMORY_GFX942, SHARED_MEMORY, Compiled, compile_only
 
 from torch_conv_triton import dispatch, dispatch_gradients, execute, gradients
+from torch_conv_triton.bench.suite import load_suite
 from torch_conv_triton.configs import Device
 from torch_conv_triton.problem import Conv1dProblem
+from torch_conv_triton.tuning import tables
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,13 @@ WORKLOADS = (
 )
 
 
-def compiled_kernels(workload: Workload, capability: int) -> list[dict]:
-    """Every plan of the workload on sm_`capability`, with the kernels it launches."""
-    device = Device(f"sm_{capability}", capability, sm_count=128, shared_memory=SHARED_MEMORY[capability])
+H200 = Device("NVIDIA H200", 90, sm_count=132, shared_memory=SHARED_MEMORY[90])
+# what an AMD GPU has in common with the least of the NVIDIA ones: neither block copies nor much shared memory
+GFX942 = Device("gfx942", 80, sm_count=304, shared_memory=LOCAL_MEMORY_GFX942)
+
+
+def compiled_kernels(workload: Workload, device: Device, capability: int | None) -> list[dict]:
+    """Every plan of the workload on `device`, with the kernels it launches."""
     N, C_in, L_in = workload.x
     if workload.nlc:
         x = torch.empty((N, L_in, C_in), dtype=workload.dtype, device="meta").transpose(1, 2)
@@ -100,6 +108,34 @@ def _row(plan: dispatch.Plan, compiled: list[Compiled]) -> dict:
     return {"plan": f"{plan.kernel} {plan.config}", "kernel": plan.kernel, "compiled": kernels}
 
 
+def tuned_kernels() -> dict[str, list[dict]]:
+    """The plan of each entry of the H200's table that a case of the suite has, with the kernels it launches, by key."""
+    found = {}
+    for case in load_suite():
+        x, weight, bias = case.tensors("meta")
+        problem = case.problem()
+        plan = dispatch.tuned_plan(problem, H200)
+        if plan is None:
+            continue
+        compiled: list[Compiled] = []
+        if not plan.is_aten:
+            with mock.patch.object(dispatch, "device_for", lambda _: H200), compile_only(H200.capability) as compiled:
+                execute.forward_with(plan, problem, x, weight, bias)
+        found[tables.key(problem)] = [_row(plan, compiled)]
+    return found
+
+
+def on_nvidia() -> dict[str, dict[int, list[dict]]]:
+    devices = {c: Device(f"sm_{c}", c, sm_count=128, shared_memory=memory) for c, memory in SHARED_MEMORY.items()}
+    return {str(w): {c: compiled_kernels(w, device, c) for c, device in devices.items()} for w in WORKLOADS}
+
+
+def on_amd() -> dict[str, list[dict]]:
+    # kernels ask it when they are imported, which launching them does
+    torch.version.hip = "6.0"
+    return {str(w): compiled_kernels(w, GFX942, None) for w in WORKLOADS}
+
+
 if __name__ == "__main__":
-    results = {str(w): {c: compiled_kernels(w, c) for c in SHARED_MEMORY} for w in WORKLOADS}
-    json.dump(results, sys.stdout)
+    what = {"heuristics": on_nvidia, "gfx942": on_amd, "tables": tuned_kernels}
+    json.dump(what[sys.argv[1]](), sys.stdout)

@@ -7,33 +7,62 @@ import sys
 from pathlib import Path
 
 import pytest
-from cross_compile import SHARED_MEMORY
-from cross_compiled_workloads import WORKLOADS
+from cross_compile import LOCAL_MEMORY_GFX942, SHARED_MEMORY
+from cross_compiled_workloads import H200, WORKLOADS
+
+from torch_conv_triton import dispatch
+from torch_conv_triton.tuning import tables
 
 # bytes a thread: a few registers parked outside the inner loop cost nothing
 SPILL_LIMIT = 128
 ON_CUDA_CORES = ("depthwise", "depthwise_sliding", "depthwise_vector", "weight_grad_depthwise")
 
 
-@pytest.fixture(scope="module")
-def plans():
+def compiled(what: str) -> dict:
     script = Path(__file__).with_name("cross_compiled_workloads.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    result = subprocess.run([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run([sys.executable, script, what], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return compiled("heuristics")
+
+
+@pytest.fixture(scope="module")
+def plans_on_amd():
+    return compiled("gfx942")
+
+
+def check_resources(rows: list[dict], shared_memory: int) -> None:
+    assert rows
+    for row in rows:
+        for kernel in row["compiled"]:
+            assert kernel["shared"] <= shared_memory, (row["plan"], kernel)
+            assert kernel["spills"] <= SPILL_LIMIT, (row["plan"], kernel)
+        if row["kernel"] not in ON_CUDA_CORES:
+            assert row["compiled"][-1]["tensor_core_ops"] > 0, row
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 def test_kernels_fit_the_gpu(plans, workload, capability):
-    rows = plans[str(workload)][str(capability)]
-    assert rows
-    for row in rows:
-        for kernel in row["compiled"]:
-            assert kernel["shared"] <= SHARED_MEMORY[capability], (row["plan"], kernel)
-            assert kernel["spills"] <= SPILL_LIMIT, (row["plan"], kernel)
-        if row["kernel"] not in ON_CUDA_CORES:
-            assert row["compiled"][-1]["tensor_core_ops"] > 0, row
+    check_resources(plans[str(workload)][str(capability)], SHARED_MEMORY[capability])
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_kernels_compile_for_amd_too(plans_on_amd, workload):
+    check_resources(plans_on_amd[str(workload)], LOCAL_MEMORY_GFX942)
+
+
+def test_every_entry_of_the_shipped_table_fits_the_gpu_it_was_tuned_on():
+    rows = compiled("tables")
+    # an entry that no case of the suite has would go unchecked
+    assert rows.keys() == tables.parse(tables.read(tables.shipped_path(H200.name))).keys()
+    for found in rows.values():
+        if found[0]["kernel"] not in dispatch.ATEN:
+            check_resources(found, H200.shared_memory)
 
 
 def test_tensor_descriptors_are_block_copies_from_hopper_on(plans):

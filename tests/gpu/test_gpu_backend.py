@@ -130,7 +130,8 @@ def test_explain_tells_what_runs():
     forward = [record for record in report.records if record.kind == "forward"]
     assert [record.module for record in forward] == [f"layers.{i}" for i in (0, 3, 5, 6, 8, 9)]
     assert report.kept == ()
-    assert {record.kernel for record in forward} > {"depthwise", "transposed_tma"}
+    kernels = [record.kernel for record in forward]
+    assert kernels[2].startswith("depthwise") and kernels[4].startswith("transposed"), kernels
     assert report.totals["gradients"] == 2 * len(forward) - 1
 
 

@@ -17,18 +17,20 @@ OFFSET_LIMIT = 2**31 - 2**20
 
 # decided when Triton decorates the kernels, so it holds for every kernel of this process
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+# whether kernels may hold instructions of NVIDIA's own
+PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 
 
 @triton.jit
 def round_tf32(x):
     """Round float32 to the nearest TF32 value, ties away from zero: tl.dot by itself truncates the low 13 bits."""
-    if INTERPRET:
+    if PTX:
+        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
         bits = x.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         # NaN and Inf have all exponent bits set; adding to them could carry into the sign
         return tl.where((bits & 0x7F800000) == 0x7F800000, x, rounded)
-    else:
-        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -134,7 +136,7 @@ def prefetch_rows(x_ptr, first, span, L_in, stride_xc, C_IN: tl.constexpr, CHANN
     at = first + tl.minimum(tl.arange(0, LINES) * LINE, span)
     at = tl.minimum(tl.maximum(at, 0), L_in - 1)
     pointers = x_ptr + ((c * stride_xc)[:, None] + at[None, :])
-    if not INTERPRET:
+    if PTX:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
         )
@@ -336,4 +338,4 @@ def dot_precision(dtype: torch.dtype, tf32: bool) -> str:
     """`input_precision` of tl.dot: full float32 is three TF32 products (error near 2^-22), which keeps it on tensor cores."""
     if dtype != torch.float32 or tf32:
         return "tf32"
-    return "ieee" if INTERPRET.value else "tf32x3"
+    return "tf32x3" if PTX.value else "ieee"
