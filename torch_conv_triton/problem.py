@@ -22,6 +22,9 @@ class Conv1dProblem:
     `transposed`; y ``(N, C_out, L_out)``. Strides are in elements, in the order of the shapes.
     `precision` says how float32 products are formed: ``"tf32"`` (operands rounded to nearest TF32) or ``"ieee"``;
     it is ``"ieee"`` for every other dtype. Accumulation is in float32. `aligned`: x and weight start on 16 bytes.
+    The fused operator adds: `padding_end`, the padding after x where it is not `padding` (`transposed`: what is cut off the end),
+    with negative values cropping x (or padding the output); `padding_mode` as in `torch.nn.Conv1d`; `rounded`, that float32 x
+    holds TF32 values.
     """
 
     N: int
@@ -42,6 +45,9 @@ class Conv1dProblem:
     w_strides: Strides
     y_strides: Strides
     aligned: bool = True
+    padding_end: int | None = None
+    padding_mode: str = "zeros"
+    rounded: bool = False
 
     @classmethod
     def from_tensors(
@@ -84,7 +90,10 @@ class Conv1dProblem:
 
     @property
     def L_out(self) -> int:
-        return output_length(self.L_in, self.K, self.stride, self.padding, self.dilation, self.transposed, self.output_padding)
+        more = 0 if self.padding_end is None else self.padding_end - self.padding
+        if self.transposed:
+            return output_length(self.L_in, self.K, self.stride, self.padding, self.dilation, True, self.output_padding - more)
+        return output_length(self.L_in + more, self.K, self.stride, self.padding, self.dilation)
 
     @property
     def C_in_per_group(self) -> int:
@@ -153,13 +162,14 @@ class Conv1dProblem:
         for letter, value, default in (
             ("s", self.stride, 1),
             ("p", self.padding, 0),
+            ("e", self.padding_end, None),
             ("d", self.dilation, 1),
             ("op", self.output_padding, 0),
             ("g", self.groups, 1),
         ):
             if value != default:
                 parts.append(f"{letter}{value}")
-        parts += ["transposed"] * self.transposed
+        parts += ["transposed"] * self.transposed + [self.padding_mode] * (self.padding_mode != "zeros")
         return " ".join([*parts, dtype_name(self.dtype), self.layout])
 
 
@@ -237,6 +247,22 @@ def check_arguments(
 
     `x` is ``(N, C_in, L_in)``. Raises RuntimeError. Lengths are compared through `torch._check`, so symbolic ones are allowed.
     """
+    check_operands(x, weight, bias, stride, padding, dilation, groups, transposed, output_padding)
+    _check_lengths(x, weight, stride, padding, dilation, transposed, output_padding)
+
+
+def check_operands(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    transposed: bool = False,
+    output_padding: int = 0,
+) -> None:
+    """What `check_arguments` raises of everything but lengths."""
     function = "conv_transpose1d" if transposed else "conv1d"
     if x.dim() != 3:
         raise RuntimeError(f"Expected 2D (unbatched) or 3D (batched) input to {function}, but got input of size: {list(x.shape)}")
@@ -292,7 +318,6 @@ def check_arguments(
             "output padding must be smaller than either stride or dilation, but got "
             f"output_padding={output_padding}, stride={stride}, dilation={dilation}"
         )
-    _check_lengths(x, weight, stride, padding, dilation, transposed, output_padding)
 
 
 def _check_lengths(x, weight, stride, padding, dilation, transposed, output_padding) -> None:
