@@ -269,6 +269,22 @@ def test_samples_of_pytorch(op, sample):
     assert_close(actual, expected, layers=1)
 
 
+ERRORS = list(next(op for op in op_db if op.name == "nn.functional.conv1d").error_inputs("cpu"))
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=[error.error_regex for error in ERRORS])
+def test_errors_are_those_of_inductor(error):
+    # not always eager's words: Dynamo asks PyTorch's own rules for fake tensors
+    sample, messages = error.sample_input, []
+    for backend in ("inductor", triton_conv):
+        compiled = torch.compile(torch.nn.functional.conv1d, backend=backend)
+        with pytest.raises(error.error_type) as raised:
+            compiled(sample.input, *sample.args, **sample.kwargs)
+        messages.append(str(raised.value))
+        torch._dynamo.reset()
+    assert messages[0] == messages[1]
+
+
 # changing lengths
 
 LENGTHS = (64, 72, 96, 34)

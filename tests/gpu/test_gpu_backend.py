@@ -5,6 +5,7 @@ import torch
 from compiling import Capture, Captured
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing._internal.common_methods_invocations import op_db
 
 from torch_conv_triton import dispatch, testing
 from torch_conv_triton.backend import inductor_options, triton_conv
@@ -114,6 +115,19 @@ def test_autocast():
     with torch.autocast("cuda", dtype=torch.bfloat16):
         actual = torch.compile(model, backend=triton_conv)(x)
     assert_close(actual.bfloat16(), double(x_double), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["nn.functional.conv1d", "nn.functional.conv_transpose1d"])
+def test_samples_of_pytorch(name, dtype):
+    op = next(op for op in op_db if op.name == name)
+    samples = list(op.sample_inputs("cuda", dtype))
+    assert len(samples) >= 5
+    for sample in samples:
+        torch._dynamo.reset()
+        actual = torch.compile(op.op, backend=triton_conv, dynamic=False)(sample.input, *sample.args, **sample.kwargs)
+        exact = sample.transform(lambda a: a.double() if isinstance(a, torch.Tensor) else a)
+        assert_close(actual, op.op(exact.input, *exact.args, **exact.kwargs), dtype)
 
 
 @torch.no_grad()
