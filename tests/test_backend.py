@@ -313,6 +313,17 @@ def test_new_lengths_compile_no_more_often_than_with_inductor(dynamic, needed, t
     assert compilations(triton_conv, dynamic, training) == needed <= compilations("inductor", dynamic, training)
 
 
+def test_kernel_size_may_change_in_training():
+    compiled = torch.compile(lambda x, weight: torch.conv1d(x, weight, padding=1).relu(), backend=triton_conv, dynamic=True)
+    for K in (3, 5):
+        x, weight = torch.randn(2, 4, 40, requires_grad=True), torch.randn(4, 4, K, requires_grad=True)
+        actual = torch.autograd.grad(compiled(x, weight).sum(), (x, weight))
+        x, weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+        expected = torch.autograd.grad(torch.conv1d(x, weight, padding=1).relu().sum(), (x, weight))
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e)
+
+
 def test_length_that_is_marked_dynamic_stays_so_in_training():
     model = Model()
     compiled = torch.compile(model, backend=triton_conv, fullgraph=True)

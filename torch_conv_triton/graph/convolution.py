@@ -154,4 +154,7 @@ def reason_to_keep(conv: Convolution) -> str | None:
         return f"no kernel of ours runs on {value(conv.input).device.type}"
     if any(isinstance(argument, Node) for argument in conv.geometry):
         return "its stride, padding, dilation or groups is known only when the graph runs"
+    if not isinstance(value(conv.weight).shape[2], int):
+        # Inductor's own lowering fixes it; torch 2.13 raises over strides that hold the difference of two sizes
+        return "the kernel size is known only when the graph runs"
     return None
