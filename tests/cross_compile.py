@@ -61,20 +61,11 @@ def _compile(kernel: JITFunction, args, kwargs, target: GPUTarget) -> Compiled:
     values = dict(zip((p.name for p in kernel.params), args, strict=False)) | kwargs
     for i, param in enumerate(kernel.params):
         value = values[param.name]
-        specialised = not param.do_not_specialize
-        if param.is_constexpr or (isinstance(value, int) and value == 1 and specialised):
+        if param.is_constexpr:
             signature[param.name] = "constexpr"
             constexprs[(i,)] = value
-        elif isinstance(value, TensorDescriptor):
-            block = ",".join(str(b) for b in value.block_shape)
-            signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = "*" + TYPES[value.dtype]
-            attrs[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and specialised:
-                attrs[(i,)] = [["tt.divisibility", 16]]
+            signature[param.name] = _type(value, (i,), not param.do_not_specialize, constexprs, attrs)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     built = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
@@ -86,6 +77,24 @@ def _compile(kernel: JITFunction, args, kwargs, target: GPUTarget) -> Compiled:
     registers, spills = _resources(ptx, target.arch)
     tensor_core_ops = sum(ptx.count(op) for op in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
     return Compiled(kernel.__name__, built.metadata.shared, registers, spills, tensor_core_ops, ptx)
+
+
+def _type(value, path: tuple[int, ...], specialised: bool, constexprs: dict, attrs: dict):
+    """The type of a runtime argument; what a launch would specialise on is added to `constexprs` and `attrs`."""
+    if isinstance(value, tuple):
+        return tuple(_type(v, (*path, i), specialised, constexprs, attrs) for i, v in enumerate(value))
+    if value is None or (isinstance(value, int) and value == 1 and specialised):
+        constexprs[path] = value
+        return "constexpr"
+    if isinstance(value, TensorDescriptor):
+        block = ",".join(str(b) for b in value.block_shape)
+        return f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+    if isinstance(value, torch.Tensor):
+        attrs[path] = [["tt.divisibility", 16]]
+        return "*" + TYPES[value.dtype]
+    if value % 16 == 0 and specialised:
+        attrs[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def _resources(ptx: str, capability: int) -> tuple[int, int]:

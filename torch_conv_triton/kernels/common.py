@@ -85,6 +85,22 @@ def reduction_slice(i, C_IN: tl.constexpr, K: tl.constexpr, TAP_MAJOR: tl.conste
 
 
 @triton.jit
+def position_in_x(at, L_in, PADDING_MODE: tl.constexpr):
+    """The sample that stands at a position: the same one within the signal, by the padding mode outside of it."""
+    if PADDING_MODE == "reflect":
+        at = tl.where(at < 0, -at, at)
+        return tl.where(at < L_in, at, 2 * (L_in - 1) - at)
+    elif PADDING_MODE == "replicate":
+        return tl.minimum(tl.maximum(at, 0), L_in - 1)
+    elif PADDING_MODE == "circular":
+        at = tl.where(at < 0, at + L_in, at)
+        return tl.where(at < L_in, at, at - L_in)
+    else:
+        tl.static_assert(PADDING_MODE == "zeros")
+        return at
+
+
+@triton.jit
 def load_x_tile(
     x_ptr,  # row start of the tile: sample (scalar or one per row) and group already added
     pos,  # [BLOCK_M] position in x of tap 0
@@ -102,10 +118,11 @@ def load_x_tile(
     FEWER_TAPS: tl.constexpr,  # `taps` may be below K
     INT64: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PADDING_MODE: tl.constexpr = "zeros",
 ):
-    """Gather x[pos + k * dilation, c], zero outside the signal: [BLOCK_M, BLOCK_K]."""
+    """Gather x[pos + k * dilation, c], outside the signal by the padding mode: [BLOCK_M, BLOCK_K]."""
     if TAP_MAJOR == 1:
-        rows = pos + k * dilation
+        rows = position_in_x(pos + k * dilation, L_in, PADDING_MODE)
         row_mask = row_mask & (rows >= 0) & (rows < L_in)
         if FEWER_TAPS:
             row_mask = row_mask & (k < taps)
@@ -114,7 +131,7 @@ def load_x_tile(
             mask = mask & (c < C_IN)[None, :]
         offsets = (rows * stride_xl)[:, None]
     else:
-        at = pos[:, None] + (k * dilation)[None, :]
+        at = position_in_x(pos[:, None] + (k * dilation)[None, :], L_in, PADDING_MODE)
         mask = row_mask[:, None] & (at >= 0) & (at < L_in)
         if FEWER_TAPS:
             mask = mask & (k < taps)[None, :]
@@ -163,36 +180,6 @@ def load_w_tile(
 
 
 @triton.jit
-def store_tile(
-    y_ptr,  # row start of the tile: sample (scalar or one per row) and group already added
-    b_ptr,
-    acc,
-    row_mask,
-    at,  # [BLOCK_M] position in y of each row
-    o,
-    C_OUT,
-    stride_yc,
-    stride_yl,
-    HAS_BIAS: tl.constexpr,
-    WEIGHTS_LEFT: tl.constexpr,
-    INT64: tl.constexpr,
-):
-    """Add the bias in float32, round once, store the tile."""
-    o_mask = o < C_OUT
-    o_offsets = widen(o, INT64) * stride_yc
-    if WEIGHTS_LEFT:
-        offsets = (at * stride_yl)[None, :] + o_offsets[:, None]
-        mask = o_mask[:, None] & row_mask[None, :]
-    else:
-        offsets = (at * stride_yl)[:, None] + o_offsets[None, :]
-        mask = row_mask[:, None] & o_mask[None, :]
-    if HAS_BIAS:
-        bias = tl.load(b_ptr + o, mask=o_mask, other=0.0).to(tl.float32)
-        acc += bias[:, None] if WEIGHTS_LEFT else bias[None, :]
-    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def implicit_gemm(
     x_ptr,
     w_ptr,
@@ -218,6 +205,7 @@ def implicit_gemm(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PADDING_MODE: tl.constexpr = "zeros",
 ):
     """Sum over channels and taps of one output tile: a matrix product whose x operand is gathered, never stored."""
     if WEIGHTS_LEFT:
@@ -243,6 +231,7 @@ def implicit_gemm(
             FEWER_TAPS,
             INT64,
             BLOCK_K,
+            PADDING_MODE,
         )
         w = load_w_tile(w_ptr, o, c, r, stride_wo, C_OUT, C_IN, K, TAP_MAJOR, BLOCK_K)
         if ROUND_X:

@@ -12,10 +12,10 @@ from torch_conv_triton.kernels.common import (
     implicit_gemm,
     needs_int64,
     prefetch_rows,
-    store_tile,
     weight_matrix,
     widen,
 )
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import launch
 
 
@@ -41,6 +41,8 @@ def conv1d_dense_fwd_kernel(
     stride_yl,
     tiles_m,
     tiles_n,
+    more,  # as `store_outputs` takes it
+    more_strides,
     GROUPS: tl.constexpr,
     C_IN: tl.constexpr,  # per group
     K: tl.constexpr,
@@ -50,6 +52,8 @@ def conv1d_dense_fwd_kernel(
     ROUND_W: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PADDING_MODE: tl.constexpr,
     WEIGHTS_LEFT: tl.constexpr,
     INT64: tl.constexpr,
     PREFETCH_CHANNELS: tl.constexpr,
@@ -71,15 +75,11 @@ def conv1d_dense_fwd_kernel(
         n = (m // L_out).to(tl.int64)
         l_out = m % L_out
         x_rows = (x_ptr + n * stride_xn)[:, None]
-        if WEIGHTS_LEFT:
-            y_rows = (y_ptr + n * stride_yn)[None, :]
-        else:
-            y_rows = (y_ptr + n * stride_yn)[:, None]
     else:
         row_mask = m < L_out
+        n = sample.to(tl.int64)
         l_out = m
-        x_rows = x_ptr + sample.to(tl.int64) * stride_xn
-        y_rows = y_ptr + sample.to(tl.int64) * stride_yn
+        x_rows = x_ptr + n * stride_xn
     o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_rows += widen(group, INT64) * C_IN * stride_xc
     if PREFETCH_LINES:
@@ -112,17 +112,24 @@ def conv1d_dense_fwd_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
+        PADDING_MODE,
     )
     store_tile(
-        y_rows + widen(group, INT64) * C_OUT * stride_yc,
-        b_ptr + group * C_OUT,
         acc,
-        row_mask,
+        n,
         l_out,
+        row_mask,
+        widen(group, INT64) * C_OUT,
         o,
         C_OUT,
+        b_ptr,
+        y_ptr,
+        stride_yn,
         stride_yc,
         stride_yl,
+        more,
+        more_strides,
+        EPILOGUE,
         HAS_BIAS,
         WEIGHTS_LEFT,
         INT64,
@@ -140,10 +147,12 @@ def conv1d_dense(
     groups: int,
     tf32: bool,
     config,
+    fusion: Fusion = NO_FUSION,
 ) -> None:
     """Write the convolution of x ``(N, C_in, L_in)`` with weight ``(C_out, C_in / groups, K)`` into y ``(N, C_out, L_out)``.
 
     Any strides. `config` holds BLOCK_M, BLOCK_N, BLOCK_K, tap_major, merge_taps, weights_left, prefetch, num_warps, num_stages.
+    `padding` is that before x; the length of y says what is after it.
     """
     N, _, L_in = x.shape
     _, C_out, L_out = y.shape
@@ -181,13 +190,15 @@ def conv1d_dense(
         K=K,
         FLATTEN=flatten,
         TAP_MAJOR=2 if config.merge_taps else int(config.tap_major),
-        # the copy rounds on its way
-        ROUND_X=tf32 and not config.copy_to_nlc,
+        # a copy rounds on its way
+        ROUND_X=tf32 and not (config.copy_to_nlc or fusion.rounded),
         ROUND_W=tf32 and not rounded,
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,
+        PADDING_MODE=fusion.padding_mode,
+        **fusion.arguments(y),
         WEIGHTS_LEFT=config.weights_left,
-        INT64=needs_int64(x, y),
+        INT64=needs_int64(x, y, *fusion.views(y)),
         PREFETCH_CHANNELS=triton.next_power_of_2(C_in),
         PREFETCH_LINES=prefetch_lines,
         BLOCK_M=config.BLOCK_M,

@@ -18,10 +18,10 @@ from torch_conv_triton.kernels.common import (
     reduction_slice,
     reduction_steps,
     round_tf32,
-    store_tile,
     weight_matrix,
     widen,
 )
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import launch
 
 
@@ -47,6 +47,8 @@ def conv1d_dense_persistent_fwd_kernel(
     tiles_m,  # of one sample
     tiles,  # tiles_m * N
     tiles_n,
+    more,  # as `store_outputs` takes it
+    more_strides,
     GROUPS: tl.constexpr,
     C_IN: tl.constexpr,  # per group
     K: tl.constexpr,
@@ -55,6 +57,8 @@ def conv1d_dense_persistent_fwd_kernel(
     ROUND_W: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PADDING_MODE: tl.constexpr,
     WEIGHTS_LEFT: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -80,7 +84,6 @@ def conv1d_dense_persistent_fwd_kernel(
         w_tiles = w_tiles + (w,)
 
     x_group = x_ptr + widen(group, INT64) * C_IN * stride_xc
-    y_group = y_ptr + widen(group, INT64) * C_OUT * stride_yc
     for tile in tl.range(worker, tiles, workers, num_stages=STAGES):
         sample = (tile // tiles_m).to(tl.int64)
         l_out = widen(tile % tiles_m, INT64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -109,20 +112,27 @@ def conv1d_dense_persistent_fwd_kernel(
                 False,
                 INT64,
                 BLOCK_K,
+                PADDING_MODE,
             )
             if ROUND_X:
                 x = round_tf32(x)
             acc = dot_tile(x, w_tiles[i], acc, WEIGHTS_LEFT, PRECISION)
         store_tile(
-            y_group + sample * stride_yn,
-            b_ptr + group * C_OUT,
             acc,
-            row_mask,
+            sample,
             l_out,
+            row_mask,
+            widen(group, INT64) * C_OUT,
             o,
             C_OUT,
+            b_ptr,
+            y_ptr,
+            stride_yn,
             stride_yc,
             stride_yl,
+            more,
+            more_strides,
+            EPILOGUE,
             HAS_BIAS,
             WEIGHTS_LEFT,
             INT64,
@@ -141,6 +151,7 @@ def conv1d_dense_persistent(
     tf32: bool,
     programs: int,
     config,
+    fusion: Fusion = NO_FUSION,
 ) -> None:
     """As `conv1d_dense`, with about `programs` programs that each hold BLOCK_N rows of the weight for their whole life."""
     N, _, L_in = x.shape
@@ -173,12 +184,14 @@ def conv1d_dense_persistent(
         C_IN=C_in,
         K=K,
         TAP_MAJOR=config.tap_major,
-        ROUND_X=tf32,
+        ROUND_X=tf32 and not fusion.rounded,
         ROUND_W=tf32 and not rounded,
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,
+        PADDING_MODE=fusion.padding_mode,
+        **fusion.arguments(y),
         WEIGHTS_LEFT=config.weights_left,
-        INT64=needs_int64(x, y),
+        INT64=needs_int64(x, y, *fusion.views(y)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

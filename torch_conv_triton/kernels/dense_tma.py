@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, store_tile, weight_matrix, widen
+from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, weight_matrix, widen
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import descriptor, launch
 
 
@@ -28,6 +29,8 @@ def conv1d_dense_tma_fwd_kernel(
     stride_yl,
     tiles_m,
     tiles_n,
+    more,  # as `store_outputs` takes it
+    more_strides,
     GROUPS: tl.constexpr,
     C_IN: tl.constexpr,  # per group
     K: tl.constexpr,
@@ -36,6 +39,7 @@ def conv1d_dense_tma_fwd_kernel(
     ROUND_X: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     WEIGHTS_LEFT: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -69,15 +73,21 @@ def conv1d_dense_tma_fwd_kernel(
 
     l_out = widen(tile_m, INT64) * BLOCK_M + tl.arange(0, BLOCK_M)
     store_tile(
-        y_ptr + sample.to(tl.int64) * stride_yn + widen(group, INT64) * C_OUT * stride_yc,
-        b_ptr + group * C_OUT,
         acc,
-        l_out < L_out,
+        sample.to(tl.int64),
         l_out,
+        l_out < L_out,
+        widen(group, INT64) * C_OUT,
         tile_n * BLOCK_N + tl.arange(0, BLOCK_N),
         C_OUT,
+        b_ptr,
+        y_ptr,
+        stride_yn,
         stride_yc,
         stride_yl,
+        more,
+        more_strides,
+        EPILOGUE,
         HAS_BIAS,
         WEIGHTS_LEFT,
         INT64,
@@ -95,6 +105,7 @@ def conv1d_dense_tma(
     groups: int,
     tf32: bool,
     config,
+    fusion: Fusion = NO_FUSION,
 ) -> None:
     """As `conv1d_dense`, for x that `dispatch.tma_refusal` accepts: NLC, 16-byte aligned rows, whole channel blocks."""
     N, C_total, L_in = x.shape
@@ -129,12 +140,13 @@ def conv1d_dense_tma(
         K=K,
         STRIDE=stride,
         PADDING=padding,
-        # the copy rounds on its way
-        ROUND_X=tf32 and not config.copy_to_nlc,
+        # a copy rounds on its way
+        ROUND_X=tf32 and not (config.copy_to_nlc or fusion.rounded),
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,
+        **fusion.arguments(y),
         WEIGHTS_LEFT=config.weights_left,
-        INT64=needs_int64(y),
+        INT64=needs_int64(y, *fusion.views(y)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import needs_int64, store_tile, widen
+from torch_conv_triton.kernels.common import needs_int64, position_in_x, widen
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import launch
 
 
@@ -34,6 +35,8 @@ def conv1d_depthwise_fwd_kernel(
     stride_yl,
     tiles_l,
     tiles_c,
+    more,  # as `store_outputs` takes it
+    more_strides,
     MULTIPLIER: tl.constexpr,
     K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -41,6 +44,8 @@ def conv1d_depthwise_fwd_kernel(
     TAP_STEP: tl.constexpr,  # stride // GCD: taps of one output phase are this far apart
     TAP_INVERSE: tl.constexpr,  # inverse of dilation // GCD modulo TAP_STEP
     HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PADDING_MODE: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -75,12 +80,31 @@ def conv1d_depthwise_fwd_kernel(
             acc += x.to(tl.float32) * w.to(tl.float32)
     else:
         for k in tl.range(0, K, loop_unroll_factor=4):
-            at = l_out * stride - padding + k * dilation
+            at = position_in_x(l_out * stride - padding + k * dilation, L_in, PADDING_MODE)
             mask = row_mask & (at >= 0) & (at < L_in)
             x = tl.load(x_rows + (at * stride_xl)[:, None], mask=mask[:, None] & o_mask[None, :], other=0.0)
             w = tl.load(w_rows + k * stride_wk, mask=o_mask, other=0.0)
             acc += x.to(tl.float32) * w.to(tl.float32)[None, :]
-    store_tile(y_ptr + sample * stride_yn, b_ptr, acc, row_mask, l_out, o, C_OUT, stride_yc, stride_yl, HAS_BIAS, False, INT64)
+    store_tile(
+        acc,
+        sample,
+        l_out,
+        row_mask,
+        0,
+        o,
+        C_OUT,
+        b_ptr,
+        y_ptr,
+        stride_yn,
+        stride_yc,
+        stride_yl,
+        more,
+        more_strides,
+        EPILOGUE,
+        HAS_BIAS,
+        False,
+        INT64,
+    )
 
 
 def conv1d_depthwise(
@@ -93,6 +117,7 @@ def conv1d_depthwise(
     dilation: int,
     transposed: bool,
     config,
+    fusion: Fusion = NO_FUSION,
 ) -> None:
     """Write the depthwise convolution of x ``(N, C_in, L_in)`` into y ``(N, C_out, L_out)``; C_out is a multiple of C_in.
 
@@ -133,7 +158,9 @@ def conv1d_depthwise(
         TAP_STEP=step,
         TAP_INVERSE=pow(dilation // common, -1, step) if step > 1 else 0,
         HAS_BIAS=bias is not None,
-        INT64=needs_int64(x, y),
+        PADDING_MODE=fusion.padding_mode,
+        **fusion.arguments(y),
+        INT64=needs_int64(x, y, *fusion.views(y)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         num_warps=config.num_warps,

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import needs_int64, store_tile, widen
+from torch_conv_triton.kernels.common import needs_int64, position_in_x, widen
+from torch_conv_triton.kernels.epilogue import NO_FUSION, PLAIN, Fusion, store_tile
 from torch_conv_triton.kernels.launch import launch
 from torch_conv_triton.kernels.vectors import put_together
 
@@ -37,8 +38,12 @@ def conv1d_depthwise_sliding_fwd_kernel(
     stride_yl,
     tiles_l,  # of STEPS x BLOCK_M outputs
     tiles_c,
+    more,  # as `store_outputs` takes it
+    more_strides,
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    PADDING_MODE: tl.constexpr,
     Y_NCL: tl.constexpr,  # L is the contiguous dimension of y
     Y_VECTOR: tl.constexpr,  # elements; every row of y starts and ends at a multiple of it
     INT64: tl.constexpr,
@@ -55,7 +60,6 @@ def conv1d_depthwise_sliding_fwd_kernel(
     o = tile_c * BLOCK_N + tl.arange(0, BLOCK_N)
     o_mask = o < C
     x_rows = x_ptr + sample * stride_xn + o[None, :]
-    y_rows = y_ptr + sample * stride_yn
     L_out = y_vectors * Y_VECTOR
     stride_yc *= Y_VECTOR
 
@@ -72,7 +76,7 @@ def conv1d_depthwise_sliding_fwd_kernel(
         first = start + tl.arange(0, RUNS) * RUN
         window = ()
         for j in tl.static_range(RUN + K - 1):
-            at = first + (j - padding)
+            at = position_in_x(first + (j - padding), L_in, PADDING_MODE)
             mask = ((at >= 0) & (at < L_in))[:, None] & o_mask[None, :]
             window = window + (tl.load(x_rows + (at * stride_xl)[:, None], mask=mask, other=0.0),)
         outputs = ()
@@ -80,19 +84,61 @@ def conv1d_depthwise_sliding_fwd_kernel(
             acc = tl.zeros((RUNS, BLOCK_N), dtype=tl.float32) + bias[None, :]
             for k in tl.static_range(K):
                 acc += window[t + k].to(tl.float32) * weights[k]
-            outputs = outputs + (acc.to(y_ptr.dtype.element_ty)[:, :, None],)
+            if EPILOGUE == PLAIN:
+                acc = acc.to(y_ptr.dtype.element_ty)
+            outputs = outputs + (acc[:, :, None],)
         if Y_NCL:
             tile = tl.reshape(tl.permute(put_together(outputs), (1, 0, 2)), (BLOCK_N, BLOCK_M))
             l_out = start + tl.arange(0, BLOCK_M)
-            store_tile(y_rows, b_ptr, tile, l_out < L_out, l_out, o, C, stride_yc, stride_yl, False, True, INT64)
+            store_tile(
+                tile,
+                sample,
+                l_out,
+                l_out < L_out,
+                0,
+                o,
+                C,
+                b_ptr,
+                y_ptr,
+                stride_yn,
+                stride_yc,
+                stride_yl,
+                more,
+                more_strides,
+                EPILOGUE,
+                False,
+                True,
+                INT64,
+            )
         else:
             for t in tl.static_range(RUN):
                 l_out = first + t
                 tile = tl.reshape(outputs[t], (RUNS, BLOCK_N))
-                store_tile(y_rows, b_ptr, tile, l_out < L_out, l_out, o, C, stride_yc, stride_yl, False, False, INT64)
+                store_tile(
+                    tile,
+                    sample,
+                    l_out,
+                    l_out < L_out,
+                    0,
+                    o,
+                    C,
+                    b_ptr,
+                    y_ptr,
+                    stride_yn,
+                    stride_yc,
+                    stride_yl,
+                    more,
+                    more_strides,
+                    EPILOGUE,
+                    False,
+                    False,
+                    INT64,
+                )
 
 
-def conv1d_depthwise_sliding(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, padding: int, config) -> None:
+def conv1d_depthwise_sliding(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, padding: int, config, fusion: Fusion = NO_FUSION
+) -> None:
     """Write the depthwise convolution, of stride and dilation 1, of x ``(N, C, L_in)`` into y ``(N, C, L_out)``, any strides.
 
     Weight ``(C, 1, K)``. Fast for channels-last x. A program computes `steps` tiles of BLOCK_M outputs x BLOCK_N channels, a
@@ -126,9 +172,11 @@ def conv1d_depthwise_sliding(x: Tensor, weight: Tensor, bias: Tensor | None, y: 
         tiles_c,
         K=weight.shape[2],
         HAS_BIAS=bias is not None,
+        PADDING_MODE=fusion.padding_mode,
+        **fusion.arguments(y),
         Y_NCL=y_ncl,
         Y_VECTOR=y_vector,
-        INT64=needs_int64(x, y),
+        INT64=needs_int64(x, y, *fusion.views(y)),
         STEPS=config.steps,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import round_tf32, widen
+from torch_conv_triton.kernels.epilogue import store_outputs, store_tile
 from torch_conv_triton.kernels.launch import launch, workspace
 from torch_conv_triton.kernels.layout import channels_last_copy
 from torch_conv_triton.problem import ceil_pow2
@@ -128,102 +129,122 @@ def is_power_of_two(n):
 
 
 @triton.jit
-def output_offsets(
+def output_positions(
     row,  # of the tile
     within,  # output of the row's position, 0 to STRIDE - 1
     start,
+    sample,
     N,
     L_ROWS,
     L_out,
-    stride_yn,
-    stride_yl,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """Offsets into y and mask of the outputs of some rows, see `store_interleaved`."""
+    """Samples, positions in y and mask of the outputs of some rows, see `store_interleaved`."""
     if FLATTEN:
         m = start + row
         n = m // L_ROWS
         t = m % L_ROWS * STRIDE + within - PADDING
-        return n.to(tl.int64) * stride_yn + t * stride_yl, (n < N) & (t >= 0) & (t < L_out)
+        return n.to(tl.int64), t, (n < N) & (t >= 0) & (t < L_out)
     else:
         t = start * STRIDE + (PADDING // STRIDE * STRIDE - PADDING) + (row * STRIDE + within)
-        return t * stride_yl, (t >= 0) & (t < L_out)
+        return sample, t, (t >= 0) & (t < L_out)
 
 
 @triton.jit
 def store_interleaved(
-    y_ptr,  # group added, and the sample unless FLATTEN
-    b_ptr,
     acc,  # [BLOCK_M, BLOCK_N]: positions x (output channel, phase)
     start,  # first row of the tile
+    sample,  # int64; unused with FLATTEN
+    group,
     tile_n,
     N,
     L_ROWS,
     L_out,
-    C_OUT,
+    C_OUT,  # per group
+    b_ptr,
+    y_ptr,
     stride_yn,
     stride_yc,
     stride_yl,
+    more,
+    more_strides,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     SPACING: tl.constexpr,
     ROWS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FLATTEN: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Weave phases between positions, zeros between phases that lie apart; add the bias in float32, round once, store.
+    """Weave phases between positions, zeros between phases that lie apart, and end as `store_outputs` does.
 
     Row m of the tiles is position PADDING // STRIDE + m of one sample; with FLATTEN, position m % L_ROWS of sample m // L_ROWS.
     """
+    first = widen(group, INT64) * C_OUT
     if is_power_of_two(ROWS) and ROWS <= BLOCK_N:
         BLOCK_O: tl.constexpr = BLOCK_N // ROWS
         GAP: tl.constexpr = triton.next_power_of_2(SPACING)
         WIDTH: tl.constexpr = ROWS * GAP  # of one position, at least STRIDE
         tile = tl.permute(tl.reshape(acc, (BLOCK_M, BLOCK_O, ROWS)), (1, 0, 2))
         if GAP > 1:
-            first = (tl.arange(0, GAP) == 0)[None, None, None, :]
-            tile = tl.where(first, tl.reshape(tile, (BLOCK_O, BLOCK_M, ROWS, 1)), 0.0)
+            spread = (tl.arange(0, GAP) == 0)[None, None, None, :]
+            tile = tl.where(spread, tl.reshape(tile, (BLOCK_O, BLOCK_M, ROWS, 1)), 0.0)
         tile = tl.reshape(tile, (BLOCK_O, BLOCK_M * WIDTH))
         i = tl.arange(0, BLOCK_M * WIDTH)
         if WIDTH == STRIDE and not FLATTEN:
             # the compiler sees that these are neighbours, and stores vectors
-            offsets, mask = output_offsets(0, i, start, N, L_ROWS, L_out, stride_yn, stride_yl, STRIDE, PADDING, FLATTEN)
+            n, t, mask = output_positions(0, i, start, sample, N, L_ROWS, L_out, STRIDE, PADDING, FLATTEN)
         else:
             within = (i // GAP) % ROWS * SPACING + i % GAP
-            offsets, mask = output_offsets(
-                i // WIDTH, within, start, N, L_ROWS, L_out, stride_yn, stride_yl, STRIDE, PADDING, FLATTEN
-            )
+            n, t, mask = output_positions(i // WIDTH, within, start, sample, N, L_ROWS, L_out, STRIDE, PADDING, FLATTEN)
             mask = mask & (i % GAP < SPACING) & (within < STRIDE)
         o = tile_n * BLOCK_O + tl.arange(0, BLOCK_O)
-        o_mask = o < C_OUT
-        if HAS_BIAS:
-            tile += tl.load(b_ptr + o, mask=o_mask, other=0.0).to(tl.float32)[:, None]
-        pointers = y_ptr + ((widen(o, INT64) * stride_yc)[:, None] + offsets[None, :])
-        tl.store(pointers, tile.to(y_ptr.dtype.element_ty), mask=o_mask[:, None] & mask[None, :])
+        store_tile(
+            tile,
+            n,
+            t,
+            mask,
+            first,
+            o,
+            C_OUT,
+            b_ptr,
+            y_ptr,
+            stride_yn,
+            stride_yc,
+            stride_yl,
+            more,
+            more_strides,
+            EPILOGUE,
+            HAS_BIAS,
+            True,
+            INT64,
+        )
     else:
         # neighbours of a row of the accumulator are the phases of a position, which are neighbours in y
         r = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        o = r // ROWS
-        o_mask = o < C_OUT
-        if HAS_BIAS:
-            acc += tl.load(b_ptr + o, mask=o_mask, other=0.0).to(tl.float32)[None, :]
-        offsets, mask = output_offsets(
-            tl.arange(0, BLOCK_M)[:, None],
-            (r % ROWS)[None, :],
-            start,
-            N,
-            L_ROWS,
-            L_out,
+        m = tl.arange(0, BLOCK_M)[:, None]
+        n, t, mask = output_positions(m, (r % ROWS)[None, :], start, sample, N, L_ROWS, L_out, STRIDE, PADDING, FLATTEN)
+        store_outputs(
+            acc,
+            n,
+            t,
+            mask,
+            first,
+            (r // ROWS)[None, :],
+            ((r // ROWS < C_OUT) & (r % ROWS < STRIDE))[None, :],
+            b_ptr,
+            y_ptr,
             stride_yn,
+            stride_yc,
             stride_yl,
-            STRIDE,
-            PADDING,
-            FLATTEN,
+            more,
+            more_strides,
+            EPILOGUE,
+            HAS_BIAS,
+            INT64,
         )
-        pointers = y_ptr + ((widen(o, INT64) * stride_yc)[None, :] + offsets)
-        tl.store(pointers, acc.to(y_ptr.dtype.element_ty), mask=(o_mask & (r % ROWS < STRIDE))[None, :] & mask)

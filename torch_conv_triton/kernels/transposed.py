@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import dot_precision, implicit_gemm, needs_int64, round_tf32, store_tile, widen
+from torch_conv_triton.kernels.common import dot_precision, implicit_gemm, needs_int64, round_tf32, widen
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import launch, workspace
 
 
@@ -85,6 +86,8 @@ def conv1d_transposed_fwd_kernel(
     stride_yl,
     tiles_m,
     tiles_n,
+    more,  # as `store_outputs` takes it
+    more_strides,
     GROUPS: tl.constexpr,
     C_IN: tl.constexpr,  # per group
     K: tl.constexpr,
@@ -96,6 +99,7 @@ def conv1d_transposed_fwd_kernel(
     ROUND_X: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     WEIGHTS_LEFT: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -146,15 +150,21 @@ def conv1d_transposed_fwd_kernel(
         BLOCK_K,
     )
     store_tile(
-        y_ptr + sample * stride_yn + widen(group, INT64) * C_OUT * stride_yc,
-        b_ptr + group * C_OUT,
         acc,
-        row_mask,
+        sample,
         t,
+        row_mask,
+        widen(group, INT64) * C_OUT,
         o,
         C_OUT,
+        b_ptr,
+        y_ptr,
+        stride_yn,
         stride_yc,
         stride_yl,
+        more,
+        more_strides,
+        EPILOGUE,
         HAS_BIAS,
         WEIGHTS_LEFT,
         INT64,
@@ -172,6 +182,7 @@ def conv1d_transposed(
     groups: int,
     tf32: bool,
     config,
+    fusion: Fusion = NO_FUSION,
 ) -> None:
     """Write the transposed convolution of x ``(N, C_in, L_in)`` into y ``(N, C_out, L_out)``.
 
@@ -230,11 +241,12 @@ def conv1d_transposed(
         tiles_m,
         tiles_n,
         **phases,
-        ROUND_X=tf32,
+        ROUND_X=tf32 and not fusion.rounded,
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,
+        **fusion.arguments(y),
         WEIGHTS_LEFT=config.weights_left,
-        INT64=needs_int64(x, y),
+        INT64=needs_int64(x, y, *fusion.views(y)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

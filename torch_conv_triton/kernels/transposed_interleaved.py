@@ -22,6 +22,7 @@ from torch_conv_triton.kernels.common import (
     round_tf32,
     widen,
 )
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion
 from torch_conv_triton.kernels.interleave import mask_phases, pack_interleaved, rows_of_samples, store_interleaved
 from torch_conv_triton.kernels.launch import launch
 from torch_conv_triton.weave import Weave
@@ -83,6 +84,8 @@ def conv1d_transposed_interleaved_fwd_kernel(
     stride_yl,
     tiles_m,  # of one sample, or of all with FLATTEN
     tiles_n,
+    more,  # as `store_outputs` takes it
+    more_strides,
     GROUPS: tl.constexpr,
     C_IN: tl.constexpr,  # per group
     K: tl.constexpr,
@@ -94,6 +97,7 @@ def conv1d_transposed_interleaved_fwd_kernel(
     ROUND_X: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     FLATTEN: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -164,22 +168,27 @@ def conv1d_transposed_interleaved_fwd_kernel(
             BLOCK_K,
         )
     store_interleaved(
-        y_ptr + sample * stride_yn + widen(group, INT64) * C_OUT * stride_yc,
-        b_ptr + group * C_OUT,
         acc,
         start,
+        sample,
+        group,
         tile_n,
         N,
         L_ROWS,
         L_out,
         C_OUT,
+        b_ptr,
+        y_ptr,
         stride_yn,
         stride_yc,
         stride_yl,
+        more,
+        more_strides,
         STRIDE,
         PADDING,
         SPACING,
         ROWS,
+        EPILOGUE,
         HAS_BIAS,
         FLATTEN,
         INT64,
@@ -199,6 +208,7 @@ def conv1d_transposed_interleaved(
     groups: int,
     tf32: bool,
     config,
+    fusion: Fusion = NO_FUSION,
 ) -> None:
     """As `conv1d_transposed`, where `Weave.of` finds a weave. BLOCK_N holds all rows of a channel if its phases lie apart."""
     N, C_total, L_in = x.shape
@@ -239,11 +249,12 @@ def conv1d_transposed_interleaved(
         SPACING=weave.spacing,
         ROWS=rows,
         TAPS=weave.taps,
-        ROUND_X=tf32 and not config.copy_to_nlc,
+        ROUND_X=tf32 and not (config.copy_to_nlc or fusion.rounded),
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,
+        **fusion.arguments(y),
         FLATTEN=flatten,
-        INT64=needs_int64(x, y) or N * L_rows * C_total > OFFSET_LIMIT,
+        INT64=needs_int64(x, y, *fusion.views(y)) or N * L_rows * C_total > OFFSET_LIMIT,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, widen
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion
 from torch_conv_triton.kernels.interleave import mask_phases, pack_interleaved, rows_of_samples, store_interleaved
 from torch_conv_triton.kernels.launch import descriptor, launch
 from torch_conv_triton.weave import Weave
@@ -57,6 +58,8 @@ def conv1d_transposed_tma_fwd_kernel(
     stride_yl,
     tiles_m,  # of one sample, or of all with FLATTEN
     tiles_n,
+    more,  # as `store_outputs` takes it
+    more_strides,
     GROUPS: tl.constexpr,
     C_IN: tl.constexpr,  # per group
     K: tl.constexpr,
@@ -68,6 +71,7 @@ def conv1d_transposed_tma_fwd_kernel(
     TAPS: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     FLATTEN: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -94,22 +98,27 @@ def conv1d_transposed_tma_fwd_kernel(
     if FULL > 0:
         acc = accumulate_blocks(acc, x_desc, w_desc, x_row, group * C_IN, w_row, STEP, 0, FULL, C_IN, PRECISION, BLOCK_K)
     store_interleaved(
-        y_ptr + (sample.to(tl.int64) * stride_yn + widen(group, INT64) * C_OUT * stride_yc),
-        b_ptr + group * C_OUT,
         acc,
         widen(tile_m, INT64) * BLOCK_M,
+        sample.to(tl.int64),
+        group,
         tile_n,
         N,
         L_ROWS,
         L_out,
         C_OUT,
+        b_ptr,
+        y_ptr,
         stride_yn,
         stride_yc,
         stride_yl,
+        more,
+        more_strides,
         STRIDE,
         PADDING,
         SPACING,
         ROWS,
+        EPILOGUE,
         HAS_BIAS,
         FLATTEN,
         INT64,
@@ -129,6 +138,7 @@ def conv1d_transposed_tma(
     groups: int,
     tf32: bool,
     config,
+    fusion: Fusion = NO_FUSION,
 ) -> None:
     """As `conv1d_transposed_interleaved`, for x that `dispatch.transposed_tma_refusal` accepts."""
     N, C_total, _ = x.shape
@@ -165,8 +175,9 @@ def conv1d_transposed_tma(
         TAPS=weave.taps,
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,
+        **fusion.arguments(y),
         FLATTEN=flatten,
-        INT64=needs_int64(y),
+        INT64=needs_int64(y, *fusion.views(y)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

@@ -1,0 +1,361 @@
+"""How every kernel ends: bias, the program of a fused convolution, one rounding, the stores.
+
+A program reaches the kernels as text (see `kernel_text`), which is interpreted while they are compiled: nothing of it is left but
+the instructions that it stands for. The plain convolution is the program `PLAIN`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from torch_conv_triton.epilogue import Program
+from torch_conv_triton.kernels.common import INTERPRET, round_tf32, widen
+
+PLAIN = tl.constexpr("; out %0")
+
+
+def kernel_text(program: Program, kinds: Sequence[str], tf32: bool) -> str:
+    """The program as kernels take it: the dimensions along which each operand varies, instructions, stored values.
+
+    Dtypes and layouts of the outputs are those of the tensors. `tf32`: whether PyTorch's switch asks for TF32; if not, nothing is
+    rounded to it.
+    """
+    instructions = [str(i) if tf32 else str(i).replace("tf32", "same") for i in program.instructions]
+    return "; ".join([" ".join(kinds), *instructions, *(f"out {output.value}" for output in program.outputs)])
+
+
+def operand_kind(operand: Tensor, shape: Sequence[int]) -> str:
+    """The dimensions, of "ncl", along which an operand varies when it is broadcast to ``(N, C_out, L_out)``; "-" for none."""
+    strides = operand.expand(shape).stride()
+    return "".join(name for name, size, stride in zip("ncl", shape, strides, strict=True) if size > 1 and stride) or "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """What a fused convolution adds to the launch of a kernel.
+
+    `epilogue`: a `kernel_text`. `tensors`: a second output if there is one, then the operands. `padding_mode`, `rounded`: as in
+    `Conv1dProblem`.
+    """
+
+    epilogue: str = PLAIN.value
+    tensors: tuple[Tensor, ...] = ()
+    padding_mode: str = "zeros"
+    rounded: bool = False
+
+    def arguments(self, y: Tensor) -> dict[str, object]:
+        """The arguments that every kernel takes for `store_outputs`."""
+        strides = tuple(stride for view in self.views(y) for stride in view.stride())
+        return {"more": self.tensors or None, "more_strides": strides or None, "EPILOGUE": self.epilogue}
+
+    def views(self, y: Tensor) -> list[Tensor]:
+        """The tensors, broadcast to the shape of the output."""
+        return [t.expand(y.shape) for t in self.tensors]
+
+
+NO_FUSION = Fusion()
+
+
+# what the text says, asked while a kernel is compiled
+
+
+@triton.constexpr_function
+def instructions(EPILOGUE):
+    """How many instructions there are."""
+    parts = EPILOGUE.split("; ")
+    return len(parts) - 1 - outputs(EPILOGUE)
+
+
+@triton.constexpr_function
+def outputs(EPILOGUE):
+    return EPILOGUE.count("; out ")
+
+
+@triton.constexpr_function
+def operands(EPILOGUE):
+    return len(EPILOGUE.split("; ")[0].split())
+
+
+@triton.constexpr_function
+def varies(EPILOGUE, operand, dimension):
+    """Whether an operand varies along a dimension, one of "n", "c" and "l"."""
+    return dimension in EPILOGUE.split("; ")[0].split()[operand]
+
+
+@triton.constexpr_function
+def word(EPILOGUE, instruction, i):
+    """Word i of an instruction, its name first; "" beyond the last. The outputs follow the instructions."""
+    words = EPILOGUE.split("; ")[1 + instruction].split()
+    return words[i] if i < len(words) else ""
+
+
+@triton.constexpr_function
+def is_number(argument):
+    return argument[0] not in "%a"
+
+
+@triton.constexpr_function
+def number(argument):
+    return float(argument)
+
+
+@triton.constexpr_function
+def place(argument, OPERANDS):
+    """Where a value or an operand is found: the operands come first."""
+    return int(argument[1:]) + (OPERANDS if argument[0] == "%" else 0)
+
+
+# instructions
+
+
+@triton.jit
+def resolve(known, ARGUMENT: tl.constexpr, OPERANDS: tl.constexpr):
+    """The tile, row, column or number that an argument stands for."""
+    if is_number(ARGUMENT):
+        return tl.full((), number(ARGUMENT), tl.float32)
+    else:
+        return known[place(ARGUMENT, OPERANDS)]
+
+
+@triton.jit
+def apply_to_one(NAME: tl.constexpr, a):
+    if NAME == "neg":
+        return -a
+    elif NAME == "abs":
+        return tl.abs(a)
+    elif NAME == "exp":
+        return tl.exp(a)
+    elif NAME == "expm1":
+        return tl.exp(a) - 1.0 if INTERPRET else libdevice.expm1(a)
+    elif NAME == "log":
+        return tl.log(a)
+    elif NAME == "log1p":
+        return tl.log(1.0 + a) if INTERPRET else libdevice.log1p(a)
+    elif NAME == "sqrt":
+        return tl.sqrt_rn(a)
+    elif NAME == "rsqrt":
+        return tl.rsqrt(a)
+    elif NAME == "reciprocal":
+        return 1.0 / a
+    elif NAME == "pow2":
+        return a * a
+    elif NAME == "sin":
+        return tl.sin(a)
+    elif NAME == "cos":
+        return tl.cos(a)
+    elif NAME == "tanh":
+        return 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0) if INTERPRET else libdevice.tanh(a)
+    elif NAME == "sigmoid":
+        return tl.sigmoid(a)
+    elif NAME == "erf":
+        return tl.erf(a)
+    elif NAME == "bf16":
+        return a.to(tl.bfloat16).to(tl.float32)
+    elif NAME == "fp16":
+        return a.to(tl.float16).to(tl.float32)
+    elif NAME == "tf32":
+        return round_tf32(a)
+    else:
+        tl.static_assert(NAME == "same")
+        return a
+
+
+@triton.jit
+def apply_to_two(NAME: tl.constexpr, a, b):
+    if NAME == "add":
+        return a + b
+    elif NAME == "sub":
+        return a - b
+    elif NAME == "mul":
+        return a * b
+    elif NAME == "div":
+        return a / b
+    elif NAME == "min":
+        return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    elif NAME == "max":
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    elif NAME == "gt":
+        return (a > b).to(tl.float32)
+    elif NAME == "lt":
+        return (a < b).to(tl.float32)
+    elif NAME == "ge":
+        return (a >= b).to(tl.float32)
+    elif NAME == "le":
+        return (a <= b).to(tl.float32)
+    elif NAME == "eq":
+        return (a == b).to(tl.float32)
+    else:
+        tl.static_assert(NAME == "ne")
+        return (a != b).to(tl.float32)
+
+
+@triton.jit
+def run_program(y, read, EPILOGUE: tl.constexpr):
+    """All values of the program after its operands `read` (a tuple), the first of them y."""
+    OPERANDS: tl.constexpr = operands(EPILOGUE)
+    known = read + (y,)
+    for i in tl.static_range(instructions(EPILOGUE)):
+        a = resolve(known, word(EPILOGUE, i, 1), OPERANDS)
+        if word(EPILOGUE, i, 2) == "":
+            value = apply_to_one(word(EPILOGUE, i, 0), a)
+        elif word(EPILOGUE, i, 3) == "":
+            value = apply_to_two(word(EPILOGUE, i, 0), a, resolve(known, word(EPILOGUE, i, 2), OPERANDS))
+        else:
+            b = resolve(known, word(EPILOGUE, i, 2), OPERANDS)
+            value = tl.where(a != 0.0, b, resolve(known, word(EPILOGUE, i, 3), OPERANDS))
+        known = known + (value,)
+    return known
+
+
+# reading and storing
+
+
+@triton.jit
+def load_operand(
+    pointer,
+    n,
+    at,
+    at_mask,
+    first,
+    o,
+    o_mask,
+    stride_n,
+    stride_c,
+    stride_l,
+    OPERAND: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """An operand where the tile lies, in float32, with one element along dimensions in which it does not vary."""
+    rows: tl.constexpr = varies(EPILOGUE, OPERAND, "l")
+    channels: tl.constexpr = varies(EPILOGUE, OPERAND, "c")
+    if varies(EPILOGUE, OPERAND, "n"):
+        pointer += n * stride_n
+    if channels:
+        pointer += first * stride_c
+    if rows and channels:
+        pointer += at * stride_l + widen(o, INT64) * stride_c
+    elif rows:
+        pointer += at * stride_l
+    elif channels:
+        pointer += widen(o, INT64) * stride_c
+    if rows or (varies(EPILOGUE, OPERAND, "n") and n.type.is_block()):
+        if channels:
+            return tl.load(pointer, mask=at_mask & o_mask, other=0.0).to(tl.float32)
+        else:
+            return tl.load(pointer, mask=at_mask, other=0.0).to(tl.float32)
+    elif channels:
+        return tl.load(pointer, mask=o_mask, other=0.0).to(tl.float32)
+    else:
+        return tl.load(pointer).to(tl.float32)
+
+
+@triton.jit
+def store_outputs(
+    acc,  # the sums of a tile
+    n,  # sample, int64: one, or one a position, shaped like `at`
+    at,  # positions in y, shaped so that they broadcast to the tile, as their mask
+    at_mask,
+    first,  # first channel of the group
+    o,  # channels within the group, shaped so that they broadcast to the tile, as their mask
+    o_mask,
+    b_ptr,  # (C_out,), or unused
+    y_ptr,  # first output (N, C_out, L_out), any strides
+    stride_yn,
+    stride_yc,
+    stride_yl,
+    more,  # second output if there is one, then operands; None for none
+    more_strides,  # their strides, three each
+    EPILOGUE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """Add the bias in float32, run the program, round once, store."""
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + first + o, mask=o_mask, other=0.0).to(tl.float32)
+    OUTPUTS: tl.constexpr = outputs(EPILOGUE)
+    read = ()
+    for i in tl.static_range(operands(EPILOGUE)):
+        read = read + (
+            load_operand(
+                more[OUTPUTS - 1 + i],
+                n,
+                at,
+                at_mask,
+                first,
+                o,
+                o_mask,
+                more_strides[3 * (OUTPUTS - 1 + i)],
+                more_strides[3 * (OUTPUTS - 1 + i) + 1],
+                more_strides[3 * (OUTPUTS - 1 + i) + 2],
+                i,
+                EPILOGUE,
+                INT64,
+            ),
+        )
+    known = run_program(acc, read, EPILOGUE)
+    for i in tl.static_range(OUTPUTS):
+        value = resolve(known, word(EPILOGUE, instructions(EPILOGUE) + i, 1), operands(EPILOGUE))
+        if i == 0:
+            to = y_ptr
+            strides = (stride_yn, stride_yc, stride_yl)
+        else:
+            to = more[0]
+            strides = (more_strides[0], more_strides[1], more_strides[2])
+        to += n * strides[0]
+        to += first * strides[1]
+        to += at * strides[2] + widen(o, INT64) * strides[1]
+        tl.store(to, value.to(to.dtype.element_ty), mask=at_mask & o_mask)
+
+
+@triton.jit
+def store_tile(
+    acc,  # [BLOCK_M, BLOCK_N], or with WEIGHTS_LEFT [BLOCK_N, BLOCK_M]
+    n,  # sample, int64: one, or one a row [BLOCK_M]
+    at,  # [BLOCK_M] position in y of each row
+    row_mask,  # [BLOCK_M]
+    first,
+    o,  # [BLOCK_N] channel within the group
+    C_OUT,  # per group
+    b_ptr,
+    y_ptr,
+    stride_yn,
+    stride_yc,
+    stride_yl,
+    more,
+    more_strides,
+    EPILOGUE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WEIGHTS_LEFT: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """`store_outputs` of a tile whose rows are positions and whose columns are channels, or the reverse."""
+    ROWS: tl.constexpr = 0 if WEIGHTS_LEFT else 1
+    COLUMNS: tl.constexpr = 1 - ROWS
+    if n.type.is_block():
+        n = tl.expand_dims(n, ROWS)
+    store_outputs(
+        acc,
+        n,
+        tl.expand_dims(at, ROWS),
+        tl.expand_dims(row_mask, ROWS),
+        first,
+        tl.expand_dims(o, COLUMNS),
+        tl.expand_dims(o < C_OUT, COLUMNS),
+        b_ptr,
+        y_ptr,
+        stride_yn,
+        stride_yc,
+        stride_yl,
+        more,
+        more_strides,
+        EPILOGUE,
+        HAS_BIAS,
+        INT64,
+    )
