@@ -139,7 +139,7 @@ class TestResults:
         assert record["summary"][0]["group"] == "all"
         assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 
-    @pytest.mark.parametrize("text", ["", "[]", '{"format": 99}', '{"format": 1}', '{"models": []}'])
+    @pytest.mark.parametrize("text", ["", "[]", '{"format": 99}', '{"format": 2}', '{"models": []}'])
     def test_another_file_is_refused(self, tmp_path, text):
         path = tmp_path / "results.json"
         path.write_text(text)
@@ -163,7 +163,14 @@ class TestTables:
     def test_a_run_reads_as_a_table(self):
         peers = ("cudnn", "compile")
         result = suite_result(
-            case_result("p01_a", 0.625, peers={"cudnn": 1.25, "compile": "RuntimeError: no"}, kernel="dense", config="64x64 w4"),
+            case_result(
+                "p01_a",
+                0.625,
+                peers={"cudnn": 1.25, "compile": "RuntimeError: no"},
+                kernel="dense",
+                config="64x64 w4",
+                memory_mib={"ours": 8.0, "cudnn": 4.0},
+            ),
             case_result("p02_b", status="wrong", message="relative error 1.00e+00", kernel="dense", config="64x64 w4"),
         )
         lines = [tables.case_header(peers), *(tables.case_line(case, peers) for case in result.cases)]
@@ -180,6 +187,7 @@ family public                          1    80%         2.00x             -     
 1 of 2 cases correct and measured
   p02_b: wrong: relative error 1.00e+00
   p01_a: peer compile failed: RuntimeError: no
+  peak memory at most cuDNN's in 0 of 1 cases; MiB of those above it: p01_a 8 against 4
   cudnn: F.conv1d as it is
   compile: torch.compile""",
         )

@@ -88,7 +88,18 @@ def measure_case(
     ours = timings.pop(OURS)
     if not isinstance(ours, Timing):
         return CaseResult.of(case, status="failed", message=ours, **found)
-    return CaseResult.of(case, status="ok", ours=ours, peers=timings, **found)
+    memory = {name: peak_mib(enter(name)) for name in (OURS, "cudnn")}
+    return CaseResult.of(case, status="ok", ours=ours, peers=timings, memory_mib=memory, **found)
+
+
+def peak_mib(contestant: Contestant) -> float:
+    """The most memory that a call takes, in MiB: its result, and what it works in. Not the first call, which may compile."""
+    with contestant.context():
+        contestant.call()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        contestant.call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def gradient_plans(case: Case, tensors: Tensors, grad_output: Tensor) -> list[Plan]:

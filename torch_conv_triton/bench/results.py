@@ -14,7 +14,7 @@ from torch_conv_triton.bench.peers import COUNTED_PEERS
 from torch_conv_triton.bench.suite import Case
 from torch_conv_triton.bench.timing import Timing
 
-FORMAT = 1
+FORMAT = 2
 # one element may be this many times worse than the whole: a few wrong ones do not show in a norm over many
 WORST_ELEMENT = 10
 
@@ -46,6 +46,7 @@ class Accuracy:
 class CaseResult:
     """One case: what ran, how right, how fast. Times are in ms; a peer that failed has the error's text for a timing.
 
+    `memory_mib`: the most memory that a call of "ours" and of "cudnn" takes, with its result.
     `status` is "ok", "wrong" (then nothing was timed) or "failed"; `message` says why for the last two.
     """
 
@@ -65,6 +66,7 @@ class CaseResult:
     accuracy: Accuracy | None = None
     ours: Timing | None = None
     peers: dict[str, Timing | str] = field(default_factory=dict)
+    memory_mib: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def failure(cls, case: Case, message: str) -> CaseResult:

@@ -52,8 +52,18 @@ def closing_lines(result: SuiteResult) -> list[str]:
     lines += [f"  {case.name}: {case.status}: {case.message}" for case in result.cases if case.status != "ok"]
     for case in result.cases:
         lines += [f"  {case.name}: peer {peer} failed: {found}" for peer, found in case.peers.items() if isinstance(found, str)]
+    lines += _memory_lines(result)
     lines += [f"  {peer}: {PEERS[peer]}" for peer in result.peer_names()]
     return lines
+
+
+def _memory_lines(result: SuiteResult) -> list[str]:
+    measured = [(case.name, case.memory_mib["ours"], case.memory_mib["cudnn"]) for case in result.cases if case.memory_mib]
+    above = [f"{name} {ours:.0f} against {cudnn:.0f}" for name, ours, cudnn in measured if ours > cudnn]
+    if not measured:
+        return []
+    listed = f"; MiB of those above it: {', '.join(above)}" if above else ""
+    return [f"  peak memory at most cuDNN's in {len(measured) - len(above)} of {len(measured)} cases{listed}"]
 
 
 def number(value: float | None, digits: int) -> str:
