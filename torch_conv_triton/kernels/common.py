@@ -118,7 +118,7 @@ def load_x_tile(
     FEWER_TAPS: tl.constexpr,  # `taps` may be below K
     INT64: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PADDING_MODE: tl.constexpr = "zeros",
+    PADDING_MODE: tl.constexpr = tl.constexpr("zeros"),
 ):
     """Gather x[pos + k * dilation, c], outside the signal by the padding mode: [BLOCK_M, BLOCK_K]."""
     if TAP_MAJOR == 1:
@@ -205,7 +205,7 @@ def implicit_gemm(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PADDING_MODE: tl.constexpr = "zeros",
+    PADDING_MODE: tl.constexpr = tl.constexpr("zeros"),
 ):
     """Sum over channels and taps of one output tile: a matrix product whose x operand is gathered, never stored."""
     if WEIGHTS_LEFT:
