@@ -99,15 +99,37 @@ def test_nothing_is_noted_outside_a_recording():
     assert [grid for grid, _, _ in kernel.compiled] == [(3, 1, 1)]
 
 
-@pytest.mark.parametrize("what", ["an argument from elsewhere", "tensors that share memory"])
+def test_a_tuple_of_tensors_is_repeated():
+    kernel = Kernel()
+    x, a, b, y = (torch.empty(8) for _ in range(4))
+    with Recording(x, a, b, y) as recording:
+        launch(kernel, (3,), x, (a, b), (5, 6), y, BLOCK=64)
+    x, a, b, y = (torch.empty(8) for _ in range(4))
+    recording.repeat(x, a, b, y)
+    ((_, args, _),) = kernel.compiled
+    assert args == (x.data_ptr(), (a.data_ptr(), b.data_ptr()), (5, 6), y.data_ptr(), 64)
+
+
+def test_tensors_that_share_memory_now_need_not_share_it_later():
+    kernel = Kernel()
+    both, y = torch.empty(16), torch.empty(8)
+    x, w = both[:8], both[8:]
+    with Recording(x, w, y) as recording:
+        launch(kernel, (3,), x, w, 5, y, BLOCK=64)
+    x, w = torch.empty(8), torch.empty(8)
+    recording.repeat(x, w, y)
+    assert kernel.compiled[0][1][:2] == (x.data_ptr(), w.data_ptr())
+
+
+@pytest.mark.parametrize("what", ["an argument from elsewhere", "one tensor twice", "a view of memory that is shared"])
 def test_a_call_that_cannot_be_repeated_says_so(what):
     kernel = Kernel()
     x, y = torch.empty(8), torch.empty(8)
-    if what == "an argument from elsewhere":
-        with Recording(x, None, y) as recording:
-            launch(kernel, (3,), x, torch.empty(8), 5, y, BLOCK=64)
-    else:
-        recording = record(kernel, x, x, y)
+    w = torch.empty(8) if what == "an argument from elsewhere" else x[1:]
+    with Recording(
+        x, x if what == "one tensor twice" else None if what == "an argument from elsewhere" else x[2:], y
+    ) as recording:
+        launch(kernel, (3,), x, w, 5, y, BLOCK=64)
     assert not recording.repeatable
     assert len(kernel.bound) == 1
 

@@ -83,12 +83,23 @@ class _Place:
 
 
 @dataclass(frozen=True, slots=True)
+class _Places:
+    """An argument that is a tuple of addresses."""
+
+    position: int
+    places: tuple[_Place, ...]
+
+    def value(self, addresses: list[int]) -> tuple:
+        return tuple([place.value(addresses) for place in self.places])
+
+
+@dataclass(frozen=True, slots=True)
 class _Step:
     """One launch: `run` takes all of the kernel's arguments, of which `places` are the addresses."""
 
     run: Callable[..., None]
     args: tuple
-    places: tuple[_Place, ...]
+    places: tuple[_Place | _Places, ...]
 
 
 class Recording:
@@ -99,9 +110,9 @@ class Recording:
         self._workspaces: list[tuple] = []
         self._steps: list[_Step] = []
         self._describes = False
-        storages = [t.untyped_storage().data_ptr() for t in tensors if t is not None]
-        # tensors that share memory now need not share it in the next call
-        self.repeatable = len(set(storages)) == len(storages)
+        # one tensor given twice need not be one in the next call
+        given = [id(t) for t in tensors if t is not None]
+        self.repeatable = len(set(given)) == len(given)
 
     def __enter__(self) -> Recording:
         _thread.recording = self
@@ -136,22 +147,29 @@ class Recording:
         for position, value in enumerate(values):
             if isinstance(value, (Tensor, TensorDescriptor)):
                 place = self._place(position, value)
-                if place is None:
-                    self.repeatable = False
-                    return
-                places.append(place)
-                values[position] = None
-        self._describes |= any(place.described is not None for place in places)
+            elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+                inner = tuple(self._place(i, tensor) for i, tensor in enumerate(value))
+                place = None if None in inner else _Places(position, inner)
+            else:
+                continue
+            if place is None:
+                self.repeatable = False
+                return
+            self._describes |= isinstance(value, TensorDescriptor)
+            places.append(place)
+            values[position] = None
         self._steps.append(_Step(compiled[(*grid, 1, 1)[:3]], tuple(values), tuple(places)))
 
     def _place(self, position: int, value: Tensor | TensorDescriptor) -> _Place | None:
-        """Which tensor of the call an argument is, describes, or is a view of; None if it is none."""
+        """Which tensor of the call an argument is, describes, or is a view of; None if it is none, or a view of several."""
         described = None
         if isinstance(value, TensorDescriptor):
             described = {name: field for name, field in vars(value).items() if name != "base"}
             value = value.base
-        storage = value.untyped_storage().data_ptr()
-        for i, tensor in enumerate(self._tensors):
-            if tensor is not None and tensor.untyped_storage().data_ptr() == storage:
-                return _Place(position, i, value.data_ptr() - tensor.data_ptr(), described)
-        return None
+        same = [i for i, tensor in enumerate(self._tensors) if tensor is value]
+        if not same:
+            storage = value.untyped_storage().data_ptr()
+            same = [i for i, t in enumerate(self._tensors) if t is not None and t.untyped_storage().data_ptr() == storage]
+        if len(same) != 1:
+            return None
+        return _Place(position, same[0], value.data_ptr() - self._tensors[same[0]].data_ptr(), described)
