@@ -17,6 +17,8 @@ OFFSET_LIMIT = 2**31 - 2**20
 
 # decided when Triton decorates the kernels, so it holds for every kernel of this process
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+# padding that is none; Triton 3.6 wants the default of a helper's argument as a constant
+ZEROS = tl.constexpr("zeros")
 # whether kernels may hold instructions of NVIDIA's own
 PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 
@@ -118,7 +120,7 @@ def load_x_tile(
     FEWER_TAPS: tl.constexpr,  # `taps` may be below K
     INT64: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PADDING_MODE: tl.constexpr = tl.constexpr("zeros"),
+    PADDING_MODE: tl.constexpr = ZEROS,
 ):
     """Gather x[pos + k * dilation, c], outside the signal by the padding mode: [BLOCK_M, BLOCK_K]."""
     if TAP_MAJOR == 1:
@@ -205,7 +207,7 @@ def implicit_gemm(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PADDING_MODE: tl.constexpr = tl.constexpr("zeros"),
+    PADDING_MODE: tl.constexpr = ZEROS,
 ):
     """Sum over channels and taps of one output tile: a matrix product whose x operand is gathered, never stored."""
     if WEIGHTS_LEFT:
