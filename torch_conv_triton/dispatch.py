@@ -28,6 +28,19 @@ from torch_conv_triton.weave import Weave
 
 # aten's convolution as it is, and its two-dimensional one on channels-last views
 ATEN = ("aten", "aten_nhwc")
+# kernels that end with a program of instructions
+FUSING = (
+    "dense",
+    "dense_persistent",
+    "dense_tma",
+    "transposed",
+    "transposed_interleaved",
+    "transposed_tma",
+    "depthwise",
+    "depthwise_sliding",
+)
+# kernels that gather x, and so read it by any padding mode
+GATHERING = ("dense", "dense_persistent", "depthwise", "depthwise_sliding")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,8 @@ def refusal(problem: Conv1dProblem) -> str | None:
         return f"{dtype_name(problem.dtype)} is computed by aten"
     if min(problem.N, problem.C_in, problem.C_out, problem.L_in, problem.L_out) <= 0:
         return "the input or the output is empty"
+    if problem.transposed and problem.padding < 0:
+        return "the output begins before what x reaches"
     if _weight_elements(problem) > INT32_MAX:
         return "the weight has 2^31 elements or more"
     return None
@@ -92,7 +107,7 @@ def tma_refusal(problem: Conv1dProblem, device: Device, config: Config) -> str |
     """Why x cannot be read through a tensor descriptor with this config, or None."""
     if device.capability < 90:
         return "tensor descriptors need sm_90"
-    if problem.dtype == torch.float32 and not (config.copy_to_nlc and problem.precision == "tf32"):
+    if problem.dtype == torch.float32 and not (problem.precision == "tf32" and (config.copy_to_nlc or problem.rounded)):
         return "float32 is rounded in registers, where a block copy has no gain"
     if config.BLOCK_K < 16 or problem.C_in_per_group % config.BLOCK_K:
         return "the channels of a group are not a multiple of 16"
@@ -149,7 +164,8 @@ def plan(problem: Conv1dProblem, device: Device | None) -> Plan:
 
 def tuned_plan(problem: Conv1dProblem, device: Device) -> Plan | None:
     """The plan that a table has for problems like this one, or None where none can run this very one."""
-    entry = tables.lookup(problem, device)
+    # tables know only float32 that has to be rounded
+    entry = None if problem.rounded else tables.lookup(problem, device)
     if entry is None:
         return None
     beside = "" if entry.aten_ms is None else f", aten {entry.aten_ms:.3g}"
@@ -194,7 +210,18 @@ def candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan, ...]:
     """Every kernel family that can run this problem, each with its heuristic config: what tests check and tuners time."""
     if refusal(problem):
         return ()
-    return tuple(_by_preference(problem, device))
+    plans = _by_preference(problem, device)
+    if problem.padding_mode != "zeros":
+        plans = [plan for plan in plans if plan.kernel in GATHERING]
+    return tuple(plans)
+
+
+def fused_plan(problem: Conv1dProblem, device: Device | None) -> Plan:
+    """The plan that runs this problem with what follows it: that of the problem alone, where the kernel can."""
+    found = plan(problem, device)
+    if found.is_aten or found.kernel in FUSING:
+        return found
+    return next(candidate for candidate in reversed(candidates(problem, device)) if candidate.kernel in FUSING)
 
 
 def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
@@ -245,14 +272,26 @@ def _transposed_by_preference(problem: Conv1dProblem, device: Device) -> list[Pl
     config = transposed_tma_config(problem, weave, device)
     if not transposed_tma_refusal(problem, weave, device, config):
         plan = Plan("transposed_tma", config, "all output phases of a tile together, from block copies of channels-last x")
-        plans.insert(len(plans) if copies_transposed(problem, weave) else 0, plan)
+        wins = copies_transposed(problem, weave) and not (plain and _is_better_plain(plain, plans[-1]))
+        plans.insert(len(plans) if wins else 0, plan)
     return plans
+
+
+def _is_better_plain(plain: Conv1dProblem, plan: Plan) -> bool:
+    """Whether this plan of the plain convolution that a transposed one is beats a copy for the transposed kernels."""
+    if plain.groups > 1 or plain.L_out < 16:
+        # p04 0.0235 against 0.0337, p25 0.0478 against 0.0573
+        return True
+    # 256 -> 256 K11 of 8 x 2400 0.119 against 0.140, 512 -> 512 K5 of 64 x 600 0.328 against 0.324
+    return plan.kernel == "dense_tma" and min(plain.C_in, plain.C_out) < 512
 
 
 def _as_plain(problem: Conv1dProblem) -> Conv1dProblem | None:
     """The plain convolution, channels exchanged and taps reversed, that a transposed one of stride 1 is; None if it is none."""
-    padding = problem.dilation * (problem.K - 1) - problem.padding
+    reach = problem.dilation * (problem.K - 1)
+    padding = reach - problem.padding
     if problem.stride > 1 or padding < 0 or problem.output_padding:
         return None
+    end = None if problem.padding_end is None else reach - problem.padding_end
     stride_i, stride_o, stride_k = problem.w_strides
-    return replace(problem, transposed=False, padding=padding, w_strides=(stride_o, stride_i, stride_k))
+    return replace(problem, transposed=False, padding=padding, padding_end=end, w_strides=(stride_o, stride_i, stride_k))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from torch_conv_triton import dispatch
 from torch_conv_triton.calls import Call, remember, run, signature
 from torch_conv_triton.dispatch import Plan
 from torch_conv_triton.problem import Conv1dProblem, check_arguments, current_precision
+
+if TYPE_CHECKING:
+    from torch_conv_triton.kernels.epilogue import Fusion
 
 _calls: dict[tuple, Call] = {}
 
@@ -88,6 +93,15 @@ def run_kernels(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 
 def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    from torch_conv_triton.kernels.epilogue import NO_FUSION
+
+    launch_kernel(plan, p, x, weight, bias, y, NO_FUSION)
+
+
+def launch_kernel(
+    plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, fusion: Fusion
+) -> None:
+    """Launch the plan's kernel, with the copies that it wants made first, to write y (and what `fusion` adds)."""
     tf32 = p.precision == "tf32"
     config = plan.config
     padding = p.padding
@@ -99,11 +113,11 @@ def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tenso
         from torch_conv_triton.kernels.layout import channels_last_copy
 
         # whole strides: the tensor-descriptor kernel sees x as rows of `stride` samples, and zeros beyond the end change nothing
-        x = channels_last_copy(x, p.stride, rounded=tf32)
+        x = channels_last_copy(x, p.stride if p.padding_mode == "zeros" else 1, rounded=tf32)
     if plan.kernel == "depthwise":
         from torch_conv_triton.kernels.depthwise import conv1d_depthwise
 
-        conv1d_depthwise(x, weight, bias, y, p.stride, p.padding, p.dilation, p.transposed, config)
+        conv1d_depthwise(x, weight, bias, y, p.stride, p.padding, p.dilation, p.transposed, config, fusion)
     elif plan.kernel == "depthwise_toeplitz":
         from torch_conv_triton.kernels.depthwise_toeplitz import conv1d_depthwise_toeplitz
 
@@ -111,7 +125,7 @@ def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tenso
     elif plan.kernel == "depthwise_sliding":
         from torch_conv_triton.kernels.depthwise_sliding import conv1d_depthwise_sliding
 
-        conv1d_depthwise_sliding(x, weight, bias, y, p.padding, config)
+        conv1d_depthwise_sliding(x, weight, bias, y, p.padding, config, fusion)
     elif plan.kernel == "depthwise_vector":
         from torch_conv_triton.kernels.depthwise_vector import conv1d_depthwise_vector
 
@@ -119,25 +133,25 @@ def _launch(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tenso
     elif plan.kernel == "transposed":
         from torch_conv_triton.kernels.transposed import conv1d_transposed
 
-        conv1d_transposed(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, config)
+        conv1d_transposed(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, config, fusion)
     elif plan.kernel == "transposed_interleaved":
         from torch_conv_triton.kernels.transposed_interleaved import conv1d_transposed_interleaved
 
-        conv1d_transposed_interleaved(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, config)
+        conv1d_transposed_interleaved(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, config, fusion)
     elif plan.kernel == "transposed_tma":
         from torch_conv_triton.kernels.transposed_tma import conv1d_transposed_tma
 
-        conv1d_transposed_tma(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, config)
+        conv1d_transposed_tma(x, weight, bias, y, p.stride, p.padding, p.dilation, p.groups, tf32, config, fusion)
     elif plan.kernel == "dense_persistent":
         from torch_conv_triton.kernels.dense_persistent import conv1d_dense_persistent
 
         programs = dispatch.device_for(x.device).sm_count * config.programs_per_sm
-        conv1d_dense_persistent(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, programs, config)
+        conv1d_dense_persistent(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, programs, config, fusion)
     elif plan.kernel == "dense_tma":
         from torch_conv_triton.kernels.dense_tma import conv1d_dense_tma
 
-        conv1d_dense_tma(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, config)
+        conv1d_dense_tma(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, config, fusion)
     else:
         from torch_conv_triton.kernels.dense import conv1d_dense
 
-        conv1d_dense(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, config)
+        conv1d_dense(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, config, fusion)

@@ -7,16 +7,25 @@ torch's operators do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_conv_triton import execute
+from torch_conv_triton import dispatch, execute
+from torch_conv_triton.calls import Call, Launch, remember, run, signature
 from torch_conv_triton.dispatch import Plan, aten
 from torch_conv_triton.epilogue import Program, allocate, evaluate, parse
-from torch_conv_triton.problem import Conv1dProblem, check_operands, current_precision
+from torch_conv_triton.problem import (
+    KERNEL_DTYPES,
+    Conv1dProblem,
+    Strides,
+    check_operands,
+    current_precision,
+    dtype_name,
+)
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -27,6 +36,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 conv1d_fused = torch.ops.triton_conv.conv1d_fused.default
+
+_calls: dict[tuple, FusedCall] = {}
 
 
 def check_fused(
@@ -109,9 +120,27 @@ def problem_of(
     return replace(asymmetric, y_strides=first.strides(plain.C_out, asymmetric.L_out))
 
 
-def plan(*arguments) -> Plan:
-    """How the operator would run these arguments, its own, and why."""
-    return aten("no kernel has an epilogue yet")
+def plan(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    dilation: int,
+    groups: int,
+    transposed: bool,
+    padding_mode: str,
+    epilogue: str,
+    operands: Sequence[Tensor],
+    rounded: bool,
+) -> Plan:
+    """How the operator would run these arguments, its own, and why. Tensors need no memory."""
+    arguments = input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode, epilogue, operands, rounded
+    stored = [output.dtype for output in parse(epilogue, input.dtype).outputs]
+    for dtype in (*stored, *(operand.dtype for operand in operands)):
+        if dtype not in KERNEL_DTYPES:
+            return aten(f"{dtype_name(dtype)} is computed by aten")
+    return dispatch.fused_plan(problem_of(*arguments), dispatch.device_for(input.device))
 
 
 def supports(*arguments) -> bool:
@@ -122,10 +151,73 @@ def supports(*arguments) -> bool:
 def compute_conv1d_fused(
     input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode, epilogue, operands, rounded
 ):
-    arguments = input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode, epilogue, operands, rounded
-    program, _ = check_fused(*arguments)
-    y = _convolution(input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode)
-    return evaluate(program, y, operands, current_precision(input.dtype) == "tf32")
+    geometry = stride, *padding, dilation, groups, transposed, padding_mode, epilogue, rounded, current_precision(input.dtype)
+    if bias is not None:
+        bias = bias.contiguous()
+    given = [input, weight, *operands] if bias is None else [input, weight, bias, *operands]
+    # where each operand is first given: a call that gives one tensor twice is another call than one that gives two
+    firsts = tuple([next(i for i, t in enumerate(given) if t is operand) for operand in operands])
+    key = geometry, firsts, bias is None, tuple([signature(t) for t in given])
+    call = _calls.get(key)
+    if call is None:
+        arguments = input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode, epilogue, operands, rounded
+        call = remember(_calls, key, FusedCall.of(operands, firsts, *arguments))
+    if call.plan.is_aten:
+        y = _convolution(input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode)
+        return evaluate(call.program, y, operands, call.problem.precision == "tf32")
+    outputs = [torch.empty_strided(call.shape, strides, dtype=dtype, device=input.device) for strides, dtype in call.allocations]
+    run(call, call.launch, input, weight, bias, *outputs, *[given[i] for i in call.distinct])
+    return outputs
+
+
+@dataclass(slots=True, kw_only=True)
+class FusedCall(Call):
+    """A `Call` with what its outputs are, and what its kernel is given.
+
+    `shape` of the outputs, and strides and dtype of each in `allocations`. `launch` takes input, weight, bias, the outputs and
+    the `distinct` operands, which are told by their places among input, weight, bias if there is one, and operands.
+    """
+
+    program: Program
+    shape: tuple[int, int, int]
+    allocations: list[tuple[Strides, torch.dtype]]
+    launch: Launch | None = None
+    distinct: list[int]
+
+    @classmethod
+    def of(cls, operands: Sequence[Tensor], firsts: Sequence[int], *arguments) -> FusedCall:
+        """The call of the operator with these arguments; `firsts` says where among the tensors each operand is first given."""
+        program, L_out = check_fused(*arguments)
+        problem = problem_of(*arguments)
+        call = cls(
+            problem=problem,
+            plan=plan(*arguments),
+            program=program,
+            shape=(problem.N, problem.C_out, L_out),
+            allocations=[(output.strides(problem.C_out, L_out), output.dtype) for output in program.outputs],
+            distinct=sorted({i for i in firsts if i >= 2 + problem.has_bias}),
+        )
+        if not call.plan.is_aten:
+            call.launch = partial(_launch, *call._epilogue(operands, firsts))
+        return call
+
+    def _epilogue(self, operands: Sequence[Tensor], firsts: Sequence[int]) -> tuple[str, list[int]]:
+        """The kernel's text, and where it finds a second output and its operands among the tensors of a launch."""
+        from torch_conv_triton.kernels.epilogue import kernel_text, operand_kind
+
+        outputs = len(self.allocations)
+        places = {0: 0, 1: 1, 2: 2} | {i: 3 + outputs + j for j, i in enumerate(self.distinct)}
+        kinds = [operand_kind(operand, self.shape) for operand in operands]
+        found = [*range(4, 3 + outputs), *(places[i] for i in firsts)]
+        return kernel_text(self.program, kinds, self.problem.precision == "tf32"), found
+
+
+def _launch(text: str, places: list[int], plan: Plan, p: Conv1dProblem, *tensors: Tensor | None) -> None:
+    from torch_conv_triton.kernels.epilogue import Fusion
+
+    x, weight, bias, y, *_ = tensors
+    fusion = Fusion(text, tuple([tensors[i] for i in places]), p.padding_mode, p.rounded)
+    execute.launch_kernel(plan, p, x, weight, bias, y, fusion)
 
 
 def _conv1d_fused_fake(
