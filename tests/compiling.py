@@ -54,10 +54,10 @@ class Capture(CustomGraphPass):
 class Captured:
     """Compiles with our backend and keeps each graph, forward and backward, `before` our pass and `after` it."""
 
-    def __init__(self, model, **options) -> None:
+    def __init__(self, model, dynamic=False, **options) -> None:
         before, after = Capture(), Capture()
         hooks = {"post_grad_custom_pre_pass": before, "post_grad_custom_post_pass": after}
-        self.model = torch.compile(model, backend=triton_conv, dynamic=False, options={**options, **hooks})
+        self.model = torch.compile(model, backend=triton_conv, dynamic=dynamic, options={**options, **hooks})
         self.before, self.after = before.graphs, after.graphs
 
     def __call__(self, *args):

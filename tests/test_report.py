@@ -50,10 +50,10 @@ def test_table_has_a_line_for_each_convolution_and_the_totals():
     assert_expected_inline(
         str(REPORT),
         """\
-module     kind         convolution                 decision   kernel  config          reason
-encoder.0  forward      2x4x16 -> 6 K3 p1 bf16 NLC  rewritten  dense   64x16x16 w4 s3  implicit GEMM
--          forward      2x4x16 -> 6 K3 p1 bf16 NLC  kept       aten                    fp64 is computed by aten
-encoder.0  weight_grad  2x4x16 -> 6 K3 p1 bf16 NLC  rewritten  aten                    computed by aten
+module     kind         convolution                 decision   folded  kernel  config          reason
+encoder.0  forward      2x4x16 -> 6 K3 p1 bf16 NLC  rewritten          dense   64x16x16 w4 s3  implicit GEMM
+-          forward      2x4x16 -> 6 K3 p1 bf16 NLC  kept               aten                    fp64 is computed by aten
+encoder.0  weight_grad  2x4x16 -> 6 K3 p1 bf16 NLC  rewritten          aten                    computed by aten
 2 1-D convolutions and 1 gradients: 2 rewritten, 1 kept, 1 run by our kernels; 2 graphs, 1 graph breaks""",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,10 +142,14 @@ def stand_in(tensor: Tensor) -> Tensor:
 
 def is_contiguous(tensor: Tensor) -> bool:
     """Whether a 3-D tensor is certainly contiguous, without a guard. Strides of dimensions of size 1 do not count."""
-    expected = contiguous_strides(tensor.shape[1], tensor.shape[2])
+    return has_strides(tensor, contiguous_strides(tensor.shape[1], tensor.shape[2]))
+
+
+def has_strides(tensor: Tensor, strides: Sequence[int | SymInt]) -> bool:
+    """Whether a tensor certainly has these strides, without a guard. Those of dimensions of size 1 do not count."""
     return all(
         statically_known_true(size == 1) or statically_known_true(stride == wanted)
-        for size, stride, wanted in zip(tensor.shape, tensor.stride(), expected, strict=True)
+        for size, stride, wanted in zip(tensor.shape, tensor.stride(), strides, strict=True)
     )
 
 

@@ -20,6 +20,7 @@ import torch_conv_triton
 from torch_conv_triton import dispatch
 from torch_conv_triton.graph.backward import split_backward
 from torch_conv_triton.graph.convolution import static_problems
+from torch_conv_triton.graph.fold import fold
 from torch_conv_triton.graph.report import ConvRecord, Recorder
 from torch_conv_triton.graph.rewrite import rewrite_convolutions
 from torch_conv_triton.problem import current_precision
@@ -33,11 +34,13 @@ log = logging.getLogger(__name__)
 class PassOptions:
     """Options of the pass, given to `torch.compile` as ``options={"triton_conv.<name>": value}``.
 
-    `gradients`: also rewrite the backward; False leaves `aten.convolution_backward` to Inductor. `tune`: time ways to run the
+    `gradients`: also rewrite the backward; False leaves `aten.convolution_backward` to Inductor. `fold`: compute what surrounds a
+    convolution (padding, pointwise operators after it) in its kernel. `tune`: time ways to run the
     forward convolutions whose sizes are fixed, while compiling; by default as Inductor's ``max_autotune``.
     """
 
     gradients: bool = True
+    fold: bool = True
     tune: bool = False
 
     @classmethod
@@ -79,7 +82,10 @@ class ConvolutionPass(CustomGraphPass):
                 self.recorder.records.append(record)
 
     def _steps(self, graph: Graph, module_names: Mapping[str, str]) -> Iterator[ConvRecord]:
-        yield from rewrite_convolutions(graph, module_names)
+        records = rewrite_convolutions(graph, module_names)
+        if self.options.fold:
+            fold(graph, records)
+        yield from (records[node] for node in graph.nodes if node in records)
         if self.options.gradients:
             yield from split_backward(graph, module_names)
 

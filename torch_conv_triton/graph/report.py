@@ -11,7 +11,7 @@ from torch.fx import Node
 from torch_conv_triton.dispatch import ATEN, Plan
 from torch_conv_triton.problem import Conv1dProblem, dtype_name
 
-COLUMNS = ("module", "kind", "convolution", "decision", "kernel", "config", "reason")
+COLUMNS = ("module", "kind", "convolution", "decision", "folded", "kernel", "config", "reason")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,8 @@ class ConvRecord:
     `module` is the path of the module that called it (empty where none did); `kind` is "forward", "input_grad" or
     "weight_grad"; `convolution` is `Conv1dProblem.describe` at the sizes seen while compiling; `decision` is "rewritten"
     (it is our operator now) or "kept" (it is what Inductor makes of it); `kernel` and `config` are what runs at those
-    sizes, `kernel` being one of `dispatch.ATEN` where it is not ours, and `reason` says why.
+    sizes, `kernel` being one of `dispatch.ATEN` where it is not ours, and `reason` says why. `folded` names what else of the
+    graph the operator computes: padding, cropping, the instructions of its epilogue, the layout of its output.
     """
 
     module: str
@@ -33,6 +34,7 @@ class ConvRecord:
     kernel: str
     config: str
     reason: str
+    folded: str = ""
 
     @classmethod
     def of(cls, module: str, kind: str, problem: Conv1dProblem, *, rewritten: bool, plan: Plan) -> ConvRecord:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -14,16 +14,18 @@ from torch_conv_triton.graph.report import ConvRecord, module_of
 from torch_conv_triton.versus_aten import launch_bound
 
 
-def rewrite_convolutions(graph: Graph, module_names: Mapping[str, str]) -> Iterator[ConvRecord]:
-    """Rewrite every 1-D convolution of the graph that our operators can stand in for; yields what happened to each.
+def rewrite_convolutions(graph: Graph, module_names: Mapping[str, str]) -> dict[Node, ConvRecord]:
+    """Rewrite every 1-D convolution of the graph that our operators can stand in for.
 
-    `module_names` gives the name of a module by its id, as `module_of` takes it.
+    Returns what happened to each, by the node that it is now. `module_names` gives the name of a module by its id, as `module_of`
+    takes it.
     """
+    records = {}
     for node in graph.find_nodes(op="call_function", target=aten.convolution.default):
         conv = read(node)
         if conv is None:
             continue
-        problem, plan = conv.problem(), conv.plan()
+        problem, plan, call = conv.problem(), conv.plan(), node
         reason = _reason_to_keep(conv)
         if reason is None:
             # where aten is the faster without a bias, a separate addition fuses into the pointwise operators that follow, as
@@ -33,10 +35,12 @@ def rewrite_convolutions(graph: Graph, module_names: Mapping[str, str]) -> Itera
             measured = plan.tuned and not plan.is_aten and not without_bias.tuned
             peel_bias = without_bias.is_aten and not measured and value(conv.input).device.type != "cpu"
             plan = without_bias if peel_bias else plan
-            _rewrite(graph, conv, peel_bias)
+            call = _rewrite(graph, conv, peel_bias)
         else:
             plan = dispatch.aten(reason)
-        yield ConvRecord.of(module_of(node, module_names), "forward", problem, rewritten=reason is None, plan=plan)
+        module = module_of(node, module_names)
+        records[call] = ConvRecord.of(module, "forward", problem, rewritten=reason is None, plan=plan)
+    return records
 
 
 def _reason_to_keep(conv: Convolution) -> str | None:
@@ -51,10 +55,10 @@ def _reason_to_keep(conv: Convolution) -> str | None:
     return reason
 
 
-def _rewrite(graph: Graph, conv: Convolution, peel_bias: bool) -> None:
+def _rewrite(graph: Graph, conv: Convolution, peel_bias: bool) -> Node:
     peeled = conv.bias if peel_bias else None
     with graph.inserting_before(conv.node):
-        new = call_convolution(graph, conv, None if peel_bias else conv.bias)
+        call = new = call_convolution(graph, conv, None if peel_bias else conv.bias)
         new.meta.update(conv.node.meta)
         if peeled is not None:
             column = graph.call_function(aten.unsqueeze.default, (peeled, -1))
@@ -63,6 +67,7 @@ def _rewrite(graph: Graph, conv: Convolution, peel_bias: bool) -> None:
             new.meta.update(conv.node.meta)
     conv.node.replace_all_uses_with(new)
     graph.erase_node(conv.node)
+    return call
 
 
 def call_convolution(graph: Graph, conv: Convolution, bias: Node | None) -> Node:

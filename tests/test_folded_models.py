@@ -1,0 +1,183 @@
+"""Small models with what surrounds convolutions in real ones, compiled with everything folded, against eager."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiling import Captured
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from torch_conv_triton import testing
+from torch_conv_triton.backend import triton_conv
+from torch_conv_triton.problem import current_precision
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+class Vocoder(nn.Module):
+    """HiFi-GAN: up-sampling, residual blocks of dilated convolutions that are summed, leaky ReLU between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv1d(6, 16, 7, padding=3)
+        self.up = nn.ConvTranspose1d(16, 8, 4, stride=2, padding=1)
+        self.blocks = nn.ModuleList(nn.ModuleList(self._block(K, d) for d in (1, 3)) for K in (3, 5))
+        self.last = nn.Conv1d(8, 1, 7, padding=3)
+
+    @staticmethod
+    def _block(K, d):
+        return nn.ModuleList(nn.Conv1d(8, 8, K, padding=(K - 1) // 2 * d, dilation=d) for d in (d, 1))
+
+    def forward(self, x):
+        x = self.up(F.leaky_relu(self.first(x), 0.1))
+        total = 0
+        for block in self.blocks:
+            y = x
+            for one, two in block:
+                y = two(F.leaky_relu(one(F.leaky_relu(y, 0.1)), 0.1)) + y
+            total = total + y
+        return torch.tanh(self.last(F.leaky_relu(total / len(self.blocks))))
+
+
+class Codec(nn.Module):
+    """DAC's residual unit with Snake, between a strided and a transposed convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.alphas = nn.ParameterList(torch.rand(1, 8, 1) + 0.5 for _ in range(3))
+        self.down = nn.Conv1d(1, 8, 4, stride=2, padding=1)
+        self.one, self.two = nn.Conv1d(8, 8, 7, padding=9, dilation=3), nn.Conv1d(8, 8, 1)
+        self.up = nn.ConvTranspose1d(8, 1, 4, stride=2, padding=1)
+
+    def _snake(self, i, x):
+        return x + (self.alphas[i] + 1e-9).reciprocal() * torch.sin(self.alphas[i] * x).pow(2)
+
+    def forward(self, x):
+        x = self.down(x)
+        x = x + self.two(self._snake(1, self.one(self._snake(0, x))))
+        return torch.tanh(self.up(self._snake(2, x)))
+
+
+class CausalNetwork(nn.Module):
+    """A TCN that pads both sides and cuts the end, one convolution that pads the start alone, and a residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv1d(4, 8, 3, padding=4, dilation=2)
+        self.two = nn.Conv1d(8, 8, 3, dilation=4)
+        self.side = nn.Conv1d(4, 8, 1)
+
+    def forward(self, x):
+        y = F.relu(self.one(x)[..., : x.shape[-1]])
+        y = F.relu(self.two(F.pad(y, (8, 0))))
+        return F.relu(y + self.side(x))
+
+
+class ConformerModule(nn.Module):
+    """Pointwise, GLU, depthwise, batch norm, SiLU, pointwise; channels-last outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.one = nn.Conv1d(8, 16, 1)
+        self.depthwise = nn.Conv1d(8, 8, 9, padding=4, groups=8)
+        self.batch_norm = nn.BatchNorm1d(8)
+        self.two = nn.Conv1d(8, 8, 1)
+
+    def forward(self, x):
+        y = F.glu(self.one(self.norm(x.mT).mT), dim=1)
+        return x + self.two(F.silu(self.batch_norm(self.depthwise(y))))
+
+
+class PaddedCodec(nn.Module):
+    """Encodec: padding by reflection (and by the other modes), ELU, residuals, a transposed convolution that is cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv1d(4, 8, 7), nn.Conv1d(8, 8, 3)
+        self.third = nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular")
+        self.up = nn.ConvTranspose1d(8, 4, 4, stride=2)
+
+    def forward(self, x):
+        x = self.first(F.pad(x, (6, 0), mode="reflect"))
+        x = x + self.second(F.pad(F.elu(x), (1, 1), mode="replicate"))
+        return self.up(self.third(F.elu(x)))[..., 2:-1]
+
+
+# convolutions that are folded, and the layers that round
+MODELS = {
+    "vocoder": (Vocoder, (2, 6, 12), 11, 11),
+    "codec": (Codec, (2, 1, 32), 4, 4),
+    "causal": (CausalNetwork, (2, 4, 20), 3, 2),
+    "conformer": (ConformerModule, (2, 8, 20), 2, 3),
+    "padded codec": (PaddedCodec, (2, 4, 20), 3, 4),
+}
+
+
+def assert_close(actual, expected, layers):
+    """Relative error within the budget of the dtype for so many layers, each of which rounds."""
+    assert actual.shape == expected.shape
+    bound = layers * testing.error_budget(actual.dtype, current_precision(actual.dtype))
+    error = testing.relative_error(actual, expected)
+    assert error <= bound, f"relative error {error:.1e}, allowed {bound:.1e}"
+
+
+@pytest.mark.parametrize(("build", "shape", "folds", "layers"), MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference(build, shape, folds, layers, dtype):
+    model, x = build().eval().to(dtype), torch.randn(shape, dtype=dtype)
+    captured = Captured(model)
+    with torch.no_grad():
+        actual, strides = captured(x), model(x).stride()
+        assert_close(actual, model.double()(x.double()).to(dtype), 2 * layers)
+    assert actual.stride() == strides
+    assert captured.after[0].count("conv1d_fused") == folds
+
+
+@pytest.mark.parametrize(("build", "shape", "folds", "layers"), MODELS.values(), ids=MODELS)
+def test_training(build, shape, folds, layers):
+    model, x = build(), torch.randn(shape)
+    # running statistics are written to after everything else
+    captured = Captured(model)
+    captured(x).square().sum().backward()
+    actual = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    exact = build().double()
+    exact.load_state_dict(model.state_dict())
+    exact(x.double()).square().sum().backward()
+    for gradient, parameter in zip(actual, exact.parameters(), strict=True):
+        # a gradient that is zero but for rounding has no relative error
+        if parameter.grad.abs().max() > 1e-3:
+            assert_close(gradient, parameter.grad.float(), 4 * layers)
+    assert "conv1d_fused" in captured.after[0]
+
+
+@pytest.mark.parametrize(("build", "shape", "folds", "layers"), MODELS.values(), ids=MODELS)
+def test_lengths_that_change(build, shape, folds, layers):
+    model, captured = build().eval(), CompileCounterWithBackend(triton_conv)
+    compiled = torch.compile(model, backend=captured)
+    with torch.no_grad():
+        for more in (0, 2, 8, 14):
+            x = torch.randn(*shape[:2], shape[2] + more)
+            torch._dynamo.maybe_mark_dynamic(x, 2)
+            assert_close(compiled(x), model.double()(x.double()).float(), 2 * layers)
+            model.float()
+    assert captured.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["vocoder", "padded codec"])
+def test_autocast(name):
+    build, shape, _, layers = MODELS[name]
+    model, x = build().eval(), torch.randn(shape)
+    captured = Captured(model)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = captured(x)
+            strides, dtype = model(x).stride(), model(x).dtype
+        assert actual.dtype == dtype and actual.stride() == strides
+        assert_close(actual.bfloat16(), model.double()(x.double()).bfloat16(), 2 * layers)
+    assert "conv1d_fused" in captured.after[0]

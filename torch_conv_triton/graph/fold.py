@@ -1,0 +1,118 @@
+"""Folds what surrounds a convolution of ours into one call of the fused operator: padding, cropping, pointwise nodes after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from torch_conv_triton.epilogue import Output
+from torch_conv_triton.graph.convolution import aten, has_strides, value
+from torch_conv_triton.graph.epilogue import Epilogue, grow_epilogue
+from torch_conv_triton.graph.fused_call import CONVOLUTIONS, FusedCall
+from torch_conv_triton.graph.padding import fold_crop, fold_padding
+from torch_conv_triton.graph.report import ConvRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """What would stand in for a convolution: the `call`, the nodes it replaces, in order, and those that are its outputs.
+
+    `words` says what was folded.
+    """
+
+    call: FusedCall
+    replaced: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    words: tuple[str, ...]
+
+
+def fold(graph: Graph, records: dict[Node, ConvRecord]) -> None:
+    """Fold around every convolution of ours in the graph, where one kernel of ours then computes it all.
+
+    The records of the nodes are replaced by those of the calls that stand in for them.
+    """
+    first_write = next((node for node in graph.nodes if _writes(node)), None)
+    convolutions = [node for target in CONVOLUTIONS for node in graph.find_nodes(op="call_function", target=target)]
+    # later ones first: the sum of two convolutions goes to the one that finds both there
+    for node in sorted(convolutions, reverse=True):
+        # what is read after a tensor has been written to may not be read before it
+        if first_write is None or node < first_write:
+            _fold_one(graph, node, first_write, records)
+
+
+def _fold_one(graph: Graph, node: Node, first_write: Node | None, records: dict[Node, ConvRecord]) -> None:
+    call, padding = fold_padding(graph, FusedCall.of(node))
+    call, result, crop = fold_crop(call, node)
+    words = [str(padding)] if padding else []
+    if crop:
+        words.append(f"cut {crop[0]}+{crop[1]}")
+    bare = Fold(call, tuple(dict.fromkeys((node, result))), (result,), tuple(words))
+    epilogue = grow_epilogue(graph, result, first_write)
+    for candidate in (_with_epilogue(bare, epilogue), bare):
+        if candidate is None or not candidate.words:
+            continue
+        plan = candidate.call.plan()
+        if not plan.is_aten:
+            record = ConvRecord.of(records.pop(node).module, "forward", candidate.call.problem(), rewritten=True, plan=plan)
+            records[_put(graph, candidate)] = replace(record, folded=", ".join(candidate.words))
+            return
+
+
+def _with_epilogue(bare: Fold, epilogue: Epilogue | None) -> Fold | None:
+    if epilogue is None:
+        return None
+    names = " ".join(instruction.name for instruction in epilogue.program.instructions)
+    return Fold(
+        bare.call.with_program(epilogue.program, epilogue.operands),
+        bare.replaced + epilogue.nodes,
+        epilogue.outputs,
+        (*bare.words, names or "rounding"),
+    )
+
+
+def _put(graph: Graph, fold: Fold) -> Node:
+    """Put the call in the place of the nodes that it replaces; returns its node."""
+    results = [_as_stored(value(node), output) for node, output in zip(fold.outputs, fold.call.program.outputs, strict=True)]
+    with graph.inserting_after(max(fold.replaced[0], *fold.call.tensors)):
+        call, outputs = fold.call.insert(graph, results)
+    call.meta = {**fold.replaced[0].meta, "val": results}
+    for old, new in zip(fold.outputs, outputs, strict=True):
+        new.meta = {**old.meta, "val": value(new)}
+        old.replace_all_uses_with(new)
+    erase_unused(graph, fold.replaced)
+    return call
+
+
+def _as_stored(tensor: Tensor, output: Output) -> Tensor:
+    """A fake tensor like one of the graph, with the strides of an output."""
+    strides = output.strides(*tensor.shape[1:])
+    if has_strides(tensor, strides):
+        return tensor
+    # a view of the whole output becomes a tensor of its own
+    return tensor.new_empty_strided(tensor.shape, strides)
+
+
+def erase_unused(graph: Graph, nodes: Sequence[Node]) -> None:
+    """Erase nodes, in order and none of them used but by a later one, and whatever nothing uses after that."""
+    waiting, gone = list(nodes), set()
+    while waiting:
+        node = waiting.pop()
+        # circular padding leaves slices behind that nothing reads
+        waiting += [user for user in node.users if user.target is aten.slice.Tensor and not user.users]
+        if node.op == "call_function" and not node.users and not node.is_impure() and node not in gone:
+            waiting += node.all_input_nodes
+            graph.erase_node(node)
+            gone.add(node)
+
+
+def _writes(node: Node) -> bool:
+    """Whether a node may write to a tensor that it is given."""
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and "mutation" in node.target.name()
