@@ -8,7 +8,7 @@ import torch
 
 from torch_conv_triton import dispatch, dispatch_gradients
 from torch_conv_triton.configs import Device
-from torch_conv_triton.configs_gradients import WORKSPACE_BYTES
+from torch_conv_triton.configs_gradients import POSITIONS_PER_SPLIT, workspace_bytes
 from torch_conv_triton.problem import contiguous_strides, output_length
 
 H200 = Device("an H200 without tables", capability=90, sm_count=132, shared_memory=232448)
@@ -38,7 +38,10 @@ CHOICES = {
     "seed in bf16": (problems((64, 64, 224280), 128, 3, BF16, stride=3, dilation=4), "aten", "weight_grad"),
     "vocoder": (problems((16, 32, 131072), 32, 7, padding=9, dilation=3), "dense", "weight_grad"),
     "strided encoder": (problems((16, 512, 31999), 512, 3, FP16, stride=2), "transposed_tma", "weight_grad"),
-    "many products": (problems((8, 256, 6880), 256, 11, padding=5), "transposed_tma", "aten"),
+    "many products": (problems((8, 256, 6880), 256, 11, padding=5), "dense_tma", "weight_grad_rows"),
+    "many products of few positions": (problems((2, 512, 600), 512, 5, padding=2), "aten", "aten"),
+    "to one channel": (problems((8, 32, 220160), 1, 7, padding=3), "dense", "weight_grad"),
+    "positional": (problems((16, 768, 499), 768, 128, FP16, padding=64, groups=16), "dense", "weight_grad"),
     "raw audio": (problems((16, 1, 160000), 512, 10, FP16, stride=5), "transposed_interleaved", "weight_grad"),
     "causal, NLC": (
         problems((8, 5120, 2048), 5120, 4, BF16, layout="NLC", padding=3, groups=5120), "depthwise*", "weight_grad_depthwise",
@@ -86,9 +89,37 @@ def test_sums_are_split_to_fill_the_device_and_within_the_workspace():
             elements = p.C_out * p.C_in_per_group * p.K
             if plan.kernel == "weight_grad_banded":
                 elements = p.C_out * (p.K + plan.config.BLOCK_C - 1) * plan.config.BLOCK_C
-            assert splits == 1 or splits * 4 * elements <= WORKSPACE_BYTES
-    (plan,) = dispatch_gradients.weight_grad_candidates(SEED[1], H200)
+            assert splits == 1 or splits * 4 * elements <= workspace_bytes(p)
+    plan = dispatch_gradients.weight_grad_candidates(SEED[1], H200)[-1]
     assert plan.config.splits * 3 >= 2 * 132 - 3
+
+
+def test_long_sums_are_split_so_that_their_error_does_not_grow():
+    _, problem = problems((4, 1024, 2_500_000), 1024, 7, padding=3)
+    for plan in dispatch_gradients.weight_grad_candidates(problem, H200):
+        assert problem.N * problem.L_out / plan.config.splits <= 1.01 * POSITIONS_PER_SPLIT
+    assert workspace_bytes(problem) <= sum(problem.extents) * 4 / 4
+
+
+def test_the_gradient_of_a_bias_is_ours_where_the_sum_is_long():
+    def plan(shape, dtype=FP32, device=H200):
+        return dispatch_gradients.plan_bias_grad(torch.empty(shape, dtype=dtype, device="meta"), device)
+
+    assert plan((8, 128, 4001)).kernel == "bias_grad"
+    assert "small" in plan((2, 8, 100)).reason
+    assert plan((0, 8, 100)).reason == "the output is empty"
+    assert plan((8, 128, 4001), torch.float64).reason == "fp64 is computed by aten"
+    assert plan((8, 128, 4001), device=None).is_aten
+
+
+def test_what_is_rounded_is_refused_as_rows_in_full_float32():
+    _, problem = problems((8, 256, 6880), 256, 11, padding=5)
+    kernels = [
+        {plan.kernel for plan in dispatch_gradients.weight_grad_candidates(replace(problem, **change), H200)}
+        for change in ({"precision": "tf32"}, {"precision": "ieee"}, {"precision": "ieee", "dtype": BF16})
+    ]
+    assert ["weight_grad_rows" in found for found in kernels] == [True, False, False]
+    assert dispatch_gradients.rows_refusal(problems((1, 4, 2**31 - 100), 4, 1)[1]) == "a row has 2^31 elements or more"
 
 
 def test_beyond_two_to_the_31_elements_a_faster_aten_is_no_reason():

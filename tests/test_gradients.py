@@ -7,6 +7,8 @@ import torch
 
 from torch_conv_triton import dispatch_gradients, gradients
 from torch_conv_triton.configs import INTERPRETER
+from torch_conv_triton.configs_gradients import WeightGradConfig
+from torch_conv_triton.dispatch import Plan
 from torch_conv_triton.testing import (
     CASES,
     LAYOUTS,
@@ -22,6 +24,8 @@ from torch_conv_triton.testing import (
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PLAIN = [case for case in CASES if not case.transposed]
+TILE = WeightGradConfig(16, 16, 32)
+EXCHANGED_TILE = replace(TILE, exchanged=True)
 MANY_POSITIONS = (
     Case("dense_many_positions", 3, 20, 700, 24, 5, stride=2, padding=3),
     Case("grouped_many_positions", 2, 32, 900, 32, 3, padding=1, groups=2),
@@ -132,11 +136,42 @@ def test_every_order_of_the_tile_gives_the_gradient(case, tap_major, grad_left, 
     grad_output = make_grad_output(case, torch.float32)
     _, expected = expected_gradients(case, x, weight, grad_output)
     problem = dispatch_gradients.weight_grad_problem(grad_output, x, case.K, *geometry(case))
-    plan = dispatch_gradients.weight_grad_candidates(problem, INTERPRETER)[0]
-    for BLOCK_C in (16, 64):
-        config = replace(plan.config, BLOCK_C=BLOCK_C, tap_major=tap_major, grad_left=grad_left, prefetch=prefetch)
-        actual = gradients.weight_grad_with(replace(plan, config=config), problem, grad_output, x)
-        assert_within_budget(actual, expected, problem.precision)
+    for kernel, config in (("weight_grad", TILE), ("weight_grad", EXCHANGED_TILE), ("weight_grad_rows", TILE)):
+        for BLOCK_C in (16, 64):
+            config = replace(config, BLOCK_C=BLOCK_C, tap_major=tap_major, grad_left=grad_left, prefetch=prefetch)
+            actual = gradients.weight_grad_with(Plan(kernel, config, "the test's"), problem, grad_output, x)
+            assert_within_budget(actual, expected, problem.precision)
+
+
+@pytest.mark.parametrize("case", [case for case in PLAIN if case.N and case.stride == 1], ids=str)
+def test_x_and_the_gradient_take_each_other_s_place(case):
+    x, grad_output = make_inputs(case, torch.float32)[0], make_grad_output(case, torch.float32, "NLC")
+    expected = expected_gradients(case, x, make_inputs(case, torch.float32)[1], grad_output)[1]
+    problem = dispatch_gradients.weight_grad_problem(grad_output, x, case.K, *geometry(case))
+    plan = Plan("weight_grad", replace(EXCHANGED_TILE, splits=3), "the test's")
+    with poisoned_allocations():
+        actual = gradients.weight_grad_with(plan, problem, grad_output, x)
+    assert_within_budget(actual, expected, problem.precision)
+
+
+def test_few_output_channels_take_the_place_of_x():
+    case = Case("few_out", 2, 40, 70, 3, 5, padding=2)
+    x, grad_output = torch.randn(2, 40, 70), make_grad_output(case, torch.float32)
+    found = {plan.kernel: plan.config.exchanged for plan, _ in weight_grads(case, x, grad_output)}
+    assert found == {"weight_grad": True, "weight_grad_rows": False}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 19, 37), (1, 1, 5), (2, 9, 2500), (300, 20, 3)], ids=str)
+def test_the_gradient_of_a_bias_is_the_sum_over_samples_and_positions(shape, layout, dtype):
+    N, C, L = shape
+    grad_output = make_grad_output(Case("sum", N, C, L, C, 1), dtype, layout)
+    with poisoned_allocations():
+        first, second = (torch.ops.triton_conv.conv1d_bias_grad(grad_output) for _ in range(2))
+    assert dispatch_gradients.plan_bias_grad(grad_output, INTERPRETER).kernel == "bias_grad"
+    assert_within_budget(first, grad_output.double().sum((0, 2)))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("case", named("dense", "strided", "depthwise"), ids=str)
@@ -210,6 +245,6 @@ def test_many_channels_of_two_bytes_are_copied_to_channels_last(dtype):
 def test_taps_that_shift_by_whole_vectors_are_read_in_them():
     case = Case("aligned", 2, 20, 64, 80, 3, padding=16, dilation=16)
     x, grad_output = torch.randn(2, 20, 64), make_grad_output(case, torch.float32)
-    ((plan, _),) = weight_grads(case, x, grad_output)
-    assert not plan.config.prefetch
+    (config,) = (plan.config for plan, _ in weight_grads(case, x, grad_output) if plan.kernel == "weight_grad")
+    assert not config.prefetch
     check(case, torch.float32)

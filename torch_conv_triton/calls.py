@@ -22,9 +22,12 @@ Launch = Callable[..., None]
 
 @dataclass(slots=True)
 class Call:
-    """What is decided by everything of a call but its values and addresses. `recording`: its launches, once they were made."""
+    """What is decided by everything of a call but its values and addresses. `recording`: its launches, once they were made.
 
-    problem: Conv1dProblem
+    The gradient of a bias has no problem.
+    """
+
+    problem: Conv1dProblem | None
     plan: Plan
     recording: Recording | None = None
 

@@ -5,17 +5,19 @@ Figures in comments are ms on an H200 of cases of the benchmark suite, named wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from torch_conv_triton.configs import Device
-from torch_conv_triton.problem import Conv1dProblem, ceil_pow2
+from torch_conv_triton.problem import Conv1dProblem, ceil_pow2, layout_of
 
-# bytes of partial sums that a weight gradient may allocate
+# bytes of partial sums that a weight gradient may allocate, or a quarter of what it reads where that is more
 WORKSPACE_BYTES = 64 * 2**20
-# positions that one float32 accumulator may sum while the workspace has room for more
-POSITIONS_PER_SPLIT = 2**16
+# Positions that one accumulator may sum while the workspace has room for more. Tensor cores cut off what they add, so the error
+# grows with them: 1.5e-4 after 65536, 3.5e-5 after 16384, where rounding to TF32 is 2.9e-4.
+POSITIONS_PER_SPLIT = 2**15
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,8 @@ class WeightGradConfig:
     In the depthwise kernel BLOCK_C counts taps, in the banded one it is the length of a row. `splits`: shares that the positions
     are cut into, each a float32 copy of the gradient in the workspace unless there is one only. `grad_left` puts grad_output on
     the left of the product. `prefetch`: blocks are loaded ahead into registers instead of shared memory. `copy_to_nlc`: what
-    of grad_output and x is not NLC is copied to NLC first, a workspace of their size.
+    of grad_output and x is not NLC is copied to NLC first, a workspace of their size. `exchanged`, at stride 1 only: x and
+    grad_output take each other's place, so BLOCK_O counts input channels and a column is an output channel at a tap.
     """
 
     BLOCK_O: int
@@ -39,9 +42,10 @@ class WeightGradConfig:
     grad_left: bool = True
     prefetch: bool = False
     copy_to_nlc: bool = False
+    exchanged: bool = False
 
     def __str__(self) -> str:
-        flags = [name for name in ("tap_major", "grad_left", "prefetch", "copy_to_nlc") if getattr(self, name)]
+        flags = [name for name in ("tap_major", "grad_left", "prefetch", "copy_to_nlc", "exchanged") if getattr(self, name)]
         blocks = f"{self.BLOCK_O}x{self.BLOCK_C}x{self.BLOCK_L}"
         return " ".join([blocks, f"w{self.num_warps}", f"s{self.num_stages}", f"{self.splits} splits", *flags])
 
@@ -56,11 +60,42 @@ def with_splits(
     blocks = problem.N * -(-problem.L_out // config.BLOCK_L)
     wanted = max(per_sm * device.sm_count // programs, problem.N * problem.L_out // POSITIONS_PER_SPLIT)
     # a program with little to sum spends its time on beginning and ending
-    return replace(config, splits=max(1, min(wanted, blocks // 4, WORKSPACE_BYTES // partial_bytes)))
+    return replace(config, splits=max(1, min(wanted, blocks // 4, workspace_bytes(problem) // partial_bytes)))
+
+
+def workspace_bytes(problem: Conv1dProblem) -> int:
+    """Bytes that the partial sums of a weight gradient may take."""
+    return max(WORKSPACE_BYTES, sum(problem.extents) * problem.dtype.itemsize // 4)
 
 
 def weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:
     """Tile of the weight gradient as a matrix product; x is the problem's input and y's strides are those of grad_output."""
+    if _is_better_exchanged(problem):
+        return replace(_weight_grad_config(exchanged(problem), device), exchanged=True)
+    return _weight_grad_config(problem, device)
+
+
+def _is_better_exchanged(problem: Conv1dProblem) -> bool:
+    """Whether few rows of grad_output are better shifted by taps than the many rows of x."""
+    y_layout = layout_of(problem.y_strides, problem.C_out, problem.L_out)
+    few = problem.C_out_per_group <= 16 and problem.C_out_per_group < problem.C_in_per_group
+    return few and problem.stride == 1 and problem.layout == y_layout == "NCL"
+
+
+def exchanged(problem: Conv1dProblem) -> Conv1dProblem:
+    """At stride 1, the problem in which x and grad_output stand in each other's place: its gradient has the taps reversed."""
+    return replace(
+        problem,
+        C_in=problem.C_out,
+        L_in=problem.L_out,
+        C_out=problem.C_in,
+        padding=problem.dilation * (problem.K - 1) - problem.padding,
+        x_strides=problem.y_strides,
+        y_strides=problem.x_strides,
+    )
+
+
+def _weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:
     if problem.layout == "NLC":
         config = _tile_of_rows(problem)
     else:
@@ -154,6 +189,43 @@ def pipeline_bytes(config: WeightGradConfig, itemsize: int) -> int:
     return config.num_stages * (config.BLOCK_O + config.BLOCK_C) * config.BLOCK_L * itemsize
 
 
+def products_an_element(problem: Conv1dProblem) -> float:
+    """Multiplications and additions for each element of x and grad_output, which tells whether copies of them pay."""
+    return problem.flops / sum(problem.extents)
+
+
+def prefers_rows(problem: Conv1dProblem) -> bool:
+    """Whether the products are worth copies into rows: 64 -> 64 K11 0.284 against 0.392, p06 (K 3) 0.493 against 0.33."""
+    if problem.dtype != torch.float32 or problem.precision != "tf32" or problem.layout == "NLC":
+        return False
+    return products_an_element(problem) >= 640 and problem.N * problem.L_out >= 12_000
+
+
+def weight_grad_rows_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:
+    """Tile of the product of rows: as large as fills the GPU, for what passes through the caches limits it."""
+    channels = problem.C_out_per_group
+    if channels > 128:
+        # p14 256x128 0.517, 128x256 0.567; p13 0.407 and 0.429, 128x128 0.477
+        config = WeightGradConfig(256, 128, 32, num_warps=8)
+    elif channels > 64:
+        # p05 128x256 0.706, 128x128 0.731, 256x128 1.03
+        config = WeightGradConfig(128, 256, 32, num_warps=8)
+    else:
+        # x_hifi64_k11 64x128 w4 0.284, 64x256 w8 0.295; p31 32x128 w4 0.148, 32x256 w8 0.160
+        config = WeightGradConfig(max(16, ceil_pow2(channels)), 128, 32, grad_left=channels > 32)
+    columns = problem.C_in_per_group * problem.K
+    config = replace(config, BLOCK_C=min(config.BLOCK_C, max(16, ceil_pow2(columns))))
+    if device.capability not in (90, 100):
+        # accumulators and operands share the registers
+        config = replace(config, BLOCK_O=min(config.BLOCK_O, 128), BLOCK_C=min(config.BLOCK_C, 64))
+    config = replace(config, grad_left=config.BLOCK_O >= 64 or config.BLOCK_C < 64)
+    while config.num_stages > 1 and pipeline_bytes(config, problem.dtype.itemsize) > device.shared_memory - 4096:
+        config = replace(config, num_stages=config.num_stages - 1)
+    programs = -(-channels // config.BLOCK_O) * -(-columns // config.BLOCK_C) * problem.groups
+    per_sm = 1 if config.num_warps == 8 else 2
+    return with_splits(config, programs, per_sm, 4 * problem.C_out * columns, problem, device)
+
+
 def depthwise_weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:
     """Tiles that are wide along the contiguous dimension of x, small, and many."""
     BLOCK_K = min(4, ceil_pow2(problem.K))
@@ -187,3 +259,17 @@ def banded_weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightG
     programs = -(-problem.C_out // config.BLOCK_O)
     R = config.BLOCK_C
     return with_splits(config, programs, 2, 4 * problem.C_out * (problem.K + R - 1) * R, problem, device)
+
+
+def bias_grad_config(shape: Sequence[int], strides: Sequence[int], device: Device) -> WeightGradConfig:
+    """Tiles of grad_output ``(N, C, L)`` that are wide along its contiguous dimension; BLOCK_C has no meaning."""
+    N, C, L = shape
+    if layout_of(strides, C, L) == "NLC":
+        BLOCK_O = min(128, max(16, ceil_pow2(C)))
+        BLOCK_L = 2048 // BLOCK_O
+    else:
+        BLOCK_L = min(1024, max(16, ceil_pow2(L)))
+        BLOCK_O = min(2048 // BLOCK_L, ceil_pow2(C))
+    blocks = N * -(-L // BLOCK_L)
+    splits = 8 * device.sm_count // -(-C // BLOCK_O)
+    return WeightGradConfig(BLOCK_O, 1, BLOCK_L, splits=max(1, min(splits, blocks // 4)), num_stages=1)

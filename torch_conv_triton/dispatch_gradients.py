@@ -8,21 +8,31 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from torch_conv_triton import dispatch
 from torch_conv_triton.configs import Device
-from torch_conv_triton.configs_gradients import banded_weight_grad_config, depthwise_weight_grad_config, weight_grad_config
+from torch_conv_triton.configs_gradients import (
+    banded_weight_grad_config,
+    bias_grad_config,
+    depthwise_weight_grad_config,
+    prefers_rows,
+    weight_grad_config,
+    weight_grad_rows_config,
+)
 from torch_conv_triton.dispatch import Plan, aten
 from torch_conv_triton.problem import (
     INT32_MAX,
+    KERNEL_DTYPES,
     Conv1dProblem,
     contiguous_strides,
     current_precision,
+    dtype_name,
     output_length,
     starts_aligned,
 )
-from torch_conv_triton.versus_aten_gradients import input_grad_faster_in_aten, weight_grad_faster_in_aten
+from torch_conv_triton.versus_aten_gradients import SMALL_SUM_BYTES, input_grad_faster_in_aten, weight_grad_faster_in_aten
 
 
 def input_grad_problem(
@@ -110,6 +120,20 @@ def plan_weight_grad(problem: Conv1dProblem, device: Device | None) -> Plan:
     return aten(reason) if reason else weight_grad_candidates(problem, device)[-1]
 
 
+def plan_bias_grad(grad_output: Tensor, device: Device | None) -> Plan:
+    """The plan of the sums of grad_output ``(N, C_out, L_out)`` that are the gradient of a bias; device as for the others."""
+    if device is None:
+        return aten("no kernel of ours runs on this device")
+    if grad_output.dtype not in KERNEL_DTYPES:
+        return aten(f"{dtype_name(grad_output.dtype)} is computed by aten")
+    if grad_output.numel() == 0:
+        return aten("the output is empty")
+    if device.compare_with_aten and grad_output.numel() * grad_output.element_size() < SMALL_SUM_BYTES:
+        return aten("so small that the launch decides, and aten's is the shorter")
+    config = bias_grad_config(grad_output.shape, grad_output.stride(), device)
+    return Plan("bias_grad", config, "sums in two fixed steps")
+
+
 def _reason_for_aten(problem: Conv1dProblem, device: Device | None, faster_in_aten) -> str | None:
     if device is None:
         return "no kernel of ours runs on this device"
@@ -128,7 +152,12 @@ def weight_grad_candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan
     if dispatch.refusal(problem):
         return ()
     if not problem.is_depthwise:
-        return (Plan("weight_grad", weight_grad_config(problem, device), "a matrix product over samples and positions"),)
+        plans = [Plan("weight_grad", weight_grad_config(problem, device), "a matrix product over samples and positions")]
+        if rows_refusal(problem) is None:
+            config = weight_grad_rows_config(problem, device)
+            plan = Plan("weight_grad_rows", config, "a matrix product of copies, rounded and laid out for it")
+            plans.insert(1 if prefers_rows(problem) else 0, plan)
+        return tuple(plans)
     plans = [Plan("weight_grad_depthwise", depthwise_weight_grad_config(problem, device), "depthwise: sums of products of rows")]
     if problem.stride == problem.dilation == 1 and problem.K <= 128:
         plan = Plan(
@@ -136,6 +165,16 @@ def weight_grad_candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan
         )
         plans.insert(len(plans) if prefers_banded(problem) else 0, plan)
     return tuple(plans)
+
+
+def rows_refusal(problem: Conv1dProblem) -> str | None:
+    """Why a weight gradient is no product of rows, or None."""
+    if problem.dtype != torch.float32 or problem.precision != "tf32":
+        return "only float32 is rounded to TF32"
+    reach = problem.dilation * (problem.K - 1) // problem.stride
+    if problem.N * (problem.L_out + reach) + reach + 256 > INT32_MAX:
+        return "a row has 2^31 elements or more"
+    return None
 
 
 def prefers_banded(problem: Conv1dProblem) -> bool:

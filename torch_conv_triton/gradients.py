@@ -8,11 +8,18 @@ from torch import Tensor
 from torch_conv_triton import dispatch, execute
 from torch_conv_triton.calls import Call, remember, run, signature
 from torch_conv_triton.dispatch import Plan
-from torch_conv_triton.dispatch_gradients import input_grad_problem, plan_input_grad, plan_weight_grad, weight_grad_problem
+from torch_conv_triton.dispatch_gradients import (
+    input_grad_problem,
+    plan_bias_grad,
+    plan_input_grad,
+    plan_weight_grad,
+    weight_grad_problem,
+)
 from torch_conv_triton.problem import Conv1dProblem, current_precision
 
 _input_calls: dict[tuple, Call] = {}
 _weight_calls: dict[tuple, Call] = {}
+_bias_calls: dict[tuple, Call] = {}
 
 
 def input_grad(
@@ -91,10 +98,34 @@ def _launch(plan: Plan, p: Conv1dProblem, grad_output: Tensor, x: Tensor, grad_w
         from torch_conv_triton.kernels.weight_grad_banded import conv1d_weight_grad_banded
 
         conv1d_weight_grad_banded(grad_output, x, grad_weight, p.padding, config)
+    elif plan.kernel == "weight_grad_rows":
+        from torch_conv_triton.kernels.weight_grad_rows import conv1d_weight_grad_rows
+
+        conv1d_weight_grad_rows(grad_output, x, grad_weight, p.stride, p.padding, p.dilation, p.groups, config)
     else:
         from torch_conv_triton.kernels.weight_grad import conv1d_weight_grad
 
         conv1d_weight_grad(grad_output, x, grad_weight, p.stride, p.padding, p.dilation, p.groups, tf32, config)
+
+
+def bias_grad(grad_output: Tensor) -> Tensor:
+    """Gradient ``(C_out,)`` of a convolution's bias from grad_output ``(N, C_out, L_out)``, contiguous."""
+    key = signature(grad_output)
+    call = _bias_calls.get(key)
+    if call is None:
+        plan = plan_bias_grad(grad_output, dispatch.device_for(grad_output.device))
+        call = remember(_bias_calls, key, Call(None, plan))
+    if call.plan.is_aten:
+        return grad_output.sum((0, 2))
+    grad_bias = grad_output.new_empty(grad_output.shape[1])
+    run(call, _launch_bias_grad, grad_output, grad_bias)
+    return grad_bias
+
+
+def _launch_bias_grad(plan: Plan, _: None, grad_output: Tensor, grad_bias: Tensor) -> None:
+    from torch_conv_triton.kernels.bias_grad import conv1d_bias_grad
+
+    conv1d_bias_grad(grad_output, grad_bias, plan.config)
 
 
 def aten_input_grad(

@@ -1,7 +1,7 @@
 """The operators ``triton_conv::*``: schemas and what PyTorch asks of them (fake tensors, autograd, autocast, vmap).
 
-The four operators are closed under differentiation, so double backward and compiled backward graphs use them too:
-``conv1d``, ``conv_transpose1d``, ``conv1d_input_grad``, ``conv1d_weight_grad``. Every output is contiguous. How a
+The operators are closed under differentiation, so double backward and compiled backward graphs use them too: ``conv1d``,
+``conv_transpose1d``, ``conv1d_input_grad``, ``conv1d_weight_grad``, ``conv1d_bias_grad``. Every output is contiguous. How a
 convolution is computed is decided below, in `execute` and `gradients`.
 """
 
@@ -26,6 +26,7 @@ _ARGUMENTS = {
     "conv_transpose1d": f"Tensor input, Tensor weight, Tensor? bias=None, {_TRANSPOSED_GEOMETRY}",
     "conv1d_input_grad": f"Tensor grad_output, Tensor weight, SymInt input_length, {_GEOMETRY}",
     "conv1d_weight_grad": f"Tensor grad_output, Tensor input, SymInt kernel_size, {_GEOMETRY}",
+    "conv1d_bias_grad": "Tensor grad_output",
 }
 
 _library = torch.library.Library("triton_conv", "DEF")
@@ -36,6 +37,7 @@ conv1d = torch.ops.triton_conv.conv1d.default
 conv_transpose1d = torch.ops.triton_conv.conv_transpose1d.default
 conv1d_input_grad = torch.ops.triton_conv.conv1d_input_grad.default
 conv1d_weight_grad = torch.ops.triton_conv.conv1d_weight_grad.default
+conv1d_bias_grad = torch.ops.triton_conv.conv1d_bias_grad.default
 
 _aten = torch.ops.aten
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -108,6 +110,10 @@ def _conv1d_weight_grad_fake(grad_output, input, kernel_size, stride=1, padding=
     return weight
 
 
+def _conv1d_bias_grad_fake(grad_output):
+    return grad_output.new_empty(grad_output.shape[1])
+
+
 def _geometry(stride, padding, dilation):
     return single(stride, "stride"), single(padding, "padding"), single(dilation, "dilation")
 
@@ -135,6 +141,7 @@ for _name, _kernel, _fake in (
     ("conv_transpose1d", compute_conv_transpose1d, _conv_transpose1d_fake),
     ("conv1d_input_grad", _conv1d_input_grad, _conv1d_input_grad_fake),
     ("conv1d_weight_grad", _conv1d_weight_grad, _conv1d_weight_grad_fake),
+    ("conv1d_bias_grad", gradients.bias_grad, _conv1d_bias_grad_fake),
 ):
     _library.impl(_name, _kernel, "CPU")
     _library.impl(_name, _kernel, "CUDA")
@@ -168,7 +175,7 @@ class Conv1d(torch.autograd.Function):
         return (
             conv1d_input_grad(grad, weight, input.shape[2], *ctx.geometry) if needs_input else None,
             conv1d_weight_grad(grad, input, weight.shape[2], *ctx.geometry) if needs_weight else None,
-            grad.sum((0, 2)) if needs_bias else None,
+            conv1d_bias_grad(grad) if needs_bias else None,
             *(None,) * 4,
         )
 
@@ -198,7 +205,7 @@ class ConvTranspose1d(torch.autograd.Function):
         if needs_weight:
             padded = torch.nn.functional.pad(input, (0, ctx.surplus)) if ctx.surplus else input
             grad_weight = conv1d_weight_grad(padded, grad, weight.shape[2], *ctx.geometry)
-        return grad_input, grad_weight, grad.sum((0, 2)) if needs_bias else None, *(None,) * 5
+        return grad_input, grad_weight, conv1d_bias_grad(grad) if needs_bias else None, *(None,) * 5
 
 
 class Conv1dInputGrad(torch.autograd.Function):
@@ -243,6 +250,20 @@ class Conv1dWeightGrad(torch.autograd.Function):
             )
 
 
+class Conv1dBiasGrad(torch.autograd.Function):
+    """Differentiable `conv1d_bias_grad`."""
+
+    @staticmethod
+    def forward(ctx, grad_output):
+        ctx.sizes = grad_output.shape
+        with _below_autograd():
+            return conv1d_bias_grad(grad_output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[:, None].expand(ctx.sizes)
+
+
 def differentiable(function, op, composite, *args):
     """Run `op` on all of its arguments, by position, with gradients through `function`.
 
@@ -279,10 +300,15 @@ def _conv1d_weight_grad_autograd(grad_output, input, kernel_size, stride=1, padd
     return differentiable(Conv1dWeightGrad, conv1d_weight_grad, composite, *args)
 
 
+def _conv1d_bias_grad_autograd(grad_output):
+    return differentiable(Conv1dBiasGrad, conv1d_bias_grad, lambda grad_output: grad_output.sum((0, 2)), grad_output)
+
+
 _library.impl("conv1d", _conv1d_autograd, "Autograd")
 _library.impl("conv_transpose1d", _conv_transpose1d_autograd, "Autograd")
 _library.impl("conv1d_input_grad", _conv1d_input_grad_autograd, "Autograd")
 _library.impl("conv1d_weight_grad", _conv1d_weight_grad_autograd, "Autograd")
+_library.impl("conv1d_bias_grad", _conv1d_bias_grad_autograd, "Autograd")
 
 
 # autocast: the casts of aten's convolutions, to the dtype in force; float64 stays as it is
@@ -306,5 +332,5 @@ for _op in (conv1d, conv_transpose1d):
     _library.impl(_name, _autocast(_op, "cpu"), "AutocastCPU")
     _library.impl(_name, _autocast(_op, "cuda"), "AutocastCUDA")
 
-for _rule in (vmap.conv1d, vmap.conv_transpose1d, vmap.conv1d_input_grad, vmap.conv1d_weight_grad):
+for _rule in (vmap.conv1d, vmap.conv_transpose1d, vmap.conv1d_input_grad, vmap.conv1d_weight_grad, vmap.conv1d_bias_grad):
     torch.library.register_vmap(f"triton_conv::{_rule.__name__}", _rule, lib=_library)

@@ -5,11 +5,15 @@ Figures in comments are ms, ours against [aten's], of cases of the benchmark and
 
 from __future__ import annotations
 
+from torch_conv_triton.configs_gradients import prefers_rows, products_an_element
 from torch_conv_triton.problem import Conv1dProblem
 from torch_conv_triton.versus_aten import TILE, faster_in_aten, launch_bound
 from torch_conv_triton.weave import Weave
 
+POINTWISE = "a pointwise convolution is one matrix product, which cuBLAS has"
 LAUNCH = "so small that the launch decides, and aten's is the shorter"
+# p24 (1.4 MB) 0.008 in aten, p26 (6 MB) 0.038
+SMALL_SUM_BYTES = 2_000_000
 
 
 def input_grad_faster_in_aten(problem: Conv1dProblem) -> str | None:
@@ -32,7 +36,8 @@ def _input_grad_16bit(problem: Conv1dProblem) -> str | None:
         # s_seed_bf16 (stride 3, dilation 4) 13.8 [5.6]
         return "neither of stride and dilation divides the other, and phases are gathered one by one"
     if problem.stride == 1 and problem.K == 1:
-        return "a pointwise convolution is one matrix product, which cuBLAS has"
+        # a length that breaks alignment costs aten the gain: p02 0.074 [0.278]
+        return POINTWISE if problem.L_in % 8 == 0 else None
     if problem.stride == 1 and problem.C_out <= 8 and problem.C_in >= 256:
         # 768 -> 4 K15 7.2 [3.4]; with a stride p11 (512 -> 1) 0.30 [1.63]
         return "cuDNN is faster from many channels to a few"
@@ -45,13 +50,11 @@ def _input_grad_32bit(problem: Conv1dProblem) -> str | None:
         return None
     channels = min(problem.C_in, problem.C_out)
     if problem.K == 1:
-        wins = problem.L_in % 4 == 0
-        return "a pointwise convolution is one matrix product, which cuBLAS has" if wins else None
-    if channels >= 256 and problem.N * problem.L_out * problem.C_out < 170 * TILE:
+        return POINTWISE if problem.L_in % 4 == 0 else None
+    if channels >= 256 and problem.L_out >= 16 and problem.N * problem.L_out * problem.C_out < 170 * TILE:
+        # short ones are ours: p25 0.048 [0.076]
         return "too few tiles to fill the GPU, where cuDNN splits the reduction"
-    if 128 < channels < 256 and problem.K >= 5:
-        # 192 -> 192 K7 1.23 [1.08]; 128 -> 128 K7 0.51 [0.58], 256 -> 256 K11 0.28 [0.32], 512 -> 512 K5 0.33 [0.39]
-        return "cuDNN is faster at the products of many channels and taps"
+    # 192 -> 192 K7 0.97 [1.07], 128 -> 128 K7 0.48 [0.58], 256 -> 256 K11 0.27 [0.32], 512 -> 512 K5 0.32 [0.39]
     return None
 
 
@@ -67,12 +70,14 @@ def weight_grad_faster_in_aten(problem: Conv1dProblem) -> str | None:
         return None
     if problem.K == 1:
         # p03 0.116 [0.101]; a length that breaks alignment costs aten the gain: p01 0.058 [0.101]
-        wins = problem.dtype.itemsize == 2 or problem.L_in % 4 == 0
-        return "a pointwise gradient is one matrix product, which cuBLAS has" if wins else None
+        return POINTWISE if problem.dtype.itemsize == 2 or problem.L_in % 4 == 0 else None
     if problem.dtype.itemsize == 2:
         # p10 0.35 [0.27], 128 -> 1280 K3 0.156 [0.126]; p08 (512 000 positions) 1.25 [1.30], p16 (dilated) 0.21 [0.28]
         slower = problem.dilation == 1 and problem.N * problem.L_out < 100_000
+    elif prefers_rows(problem):
+        # p14 0.52 [0.75], p09 0.61 [0.71], p05 0.71 [0.76]; with less to sum 128 -> 128 K7 of 8 x 9600 0.172 [0.165]
+        slower = products_an_element(problem) < 1000 and problem.N * problem.L_out < 100_000
     else:
-        # p05 (128 -> 128 K7) 0.80 [0.76], p13 0.62 [0.45], p14 0.84 [0.75]; s_kb64 (K 3) 3.1 [4.6], p15 (K 3 d 16) 0.22 [0.25]
+        # p18 (6880 positions) 0.213 [0.200], p25 0.098 [0.082]; s_kb64 (K 3) 3.1 [4.6]
         slower = problem.K > 3 or (problem.dilation == 1 and min(problem.C_in, problem.C_out) >= 256)
     return "cuDNN is faster at the products of many channels and taps" if slower else None

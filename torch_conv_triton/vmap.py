@@ -46,6 +46,10 @@ def conv1d_weight_grad(info, in_dims, grad_output, input, kernel_size, stride=1,
     return _unfold(result, size, out)
 
 
+def conv1d_bias_grad(info, in_dims, grad_output):
+    return _unfold(_ops.conv1d_bias_grad.default(_fold(grad_output, in_dims[0], info.batch_size, 1)), info.batch_size, 0)
+
+
 def _convolution(
     run: Callable[..., Tensor],
     size: int,

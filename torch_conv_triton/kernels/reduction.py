@@ -1,4 +1,4 @@
-"""What the weight gradients share: sums over samples and positions, split into partial sums that are added in a fixed order."""
+"""What the gradients of weight and bias share: sums over samples and positions, as partial sums added in a fixed order."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def sum_partials(partials: Tensor, out: Tensor, terms: int = 1) -> None:
 
     With `terms` above 1 a partial sum is ``(C_out, rows, terms)``, and tap k the sum of a diagonal: row k + i, column i.
     """
-    block = 128 if out.numel() >= 32768 else 32
+    block = 128 if out.numel() >= 32768 else min(32, triton.next_power_of_2(out.numel()))
+    # few outputs leave room to have more of their terms under way
+    block_s = max(32, min(4096 // block, triton.next_power_of_2(partials.shape[0] * terms)))
     launch(
         sum_partials_kernel,
         (triton.cdiv(out.numel(), block),),
@@ -77,7 +79,7 @@ def sum_partials(partials: Tensor, out: Tensor, terms: int = 1) -> None:
         partials[0, 0].numel(),
         K=out.shape[2],
         TERMS=terms,
-        BLOCK_S=32,
+        BLOCK_S=block_s,
         BLOCK=block,
     )
 

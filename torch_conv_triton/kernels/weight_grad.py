@@ -101,6 +101,10 @@ def add_product(dy, x, acc, ROUND: tl.constexpr, GRAD_LEFT: tl.constexpr, PRECIS
     if ROUND:
         dy = round_tf32(dy)
         x = round_tf32(x)
+    if PRECISION == "tf32x3":
+        # Tensor cores cut off what they add to an accumulator, which shows in full float32 after some thousand positions. As
+        # plain additions these would become part of the product.
+        return tl.fma(dot_tile(tl.trans(x), dy, tl.zeros_like(acc), GRAD_LEFT, PRECISION), 1.0, acc)
     return dot_tile(tl.trans(x), dy, acc, GRAD_LEFT, PRECISION)
 
 
@@ -135,6 +139,7 @@ def conv1d_weight_grad_kernel(
     ROUND: tl.constexpr,
     PRECISION: tl.constexpr,
     GRAD_LEFT: tl.constexpr,  # the accumulator is [BLOCK_O, BLOCK_C], else its transpose
+    EXCHANGED: tl.constexpr,  # x and grad_output stand in each other's place, and taps are reversed
     PREFETCH: tl.constexpr,  # a block is loaded into registers while the one before is multiplied
     VECTOR: tl.constexpr,  # elements of grad_output that one access can take
     INT64: tl.constexpr,
@@ -187,7 +192,10 @@ def conv1d_weight_grad_kernel(
 
     # the weight's own order, whatever the order of the columns
     out_ptr += (split.to(tl.int64) * GROUPS + group) * C_OUT * (C_IN * K)
-    to_row, to_column = o * (C_IN * K), c * K + k
+    if EXCHANGED:
+        to_row, to_column = o * K, c * (C_OUT * K) + (K - 1 - k)
+    else:
+        to_row, to_column = o * (C_IN * K), c * K + k
     column_mask = (c < C_IN) & (k < K)
     if GRAD_LEFT:
         offsets = to_row[:, None] + to_column[None, :]
@@ -214,8 +222,11 @@ def conv1d_weight_grad(
     grad_output ``(N, C_out, L_out)`` and x ``(N, C_in, L_in)``, any strides. `config` is a `WeightGradConfig`; with more than one
     split the workspace holds `splits` float32 copies of grad_weight.
     """
+    K = grad_weight.shape[2]
+    if config.exchanged:
+        grad_output, x, padding = x, grad_output, dilation * (K - 1) - padding
     N, C_out, L_out = grad_output.shape
-    _, C_in, K = grad_weight.shape
+    C_in = x.shape[1] // groups
     flatten, per_sample, blocks = blocks_of(N, L_out, config.BLOCK_L)
     per_split = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, per_split)
@@ -256,6 +267,7 @@ def conv1d_weight_grad(
         ROUND=tf32,
         PRECISION=dot_precision(x.dtype, tf32),
         GRAD_LEFT=config.grad_left,
+        EXCHANGED=config.exchanged,
         PREFETCH=config.prefetch,
         VECTOR=vector,
         INT64=needs_int64(x, grad_output),
