@@ -78,7 +78,7 @@ def interleaved_config(problem: Conv1dProblem, weave: Weave, device: Device) -> 
 def copies_transposed(problem: Conv1dProblem, weave: Weave) -> bool:
     """Whether a copy of x to NLC, rounded and with zeros between its samples, is faster to read than x itself."""
     channels = problem.C_in_per_group
-    if launch_bound(problem) or (problem.dtype.itemsize == 4 and problem.precision == "ieee"):
+    if launch_bound(problem) or (problem.dtype.itemsize == 4 and problem.precision == "ieee") or stored_in_blocks(problem):
         return False
     if _columns(problem, weave) < WIDEST:
         # little is computed from what is copied: 512 -> 1 K16 s8 0.114 against 0.066
@@ -89,6 +89,13 @@ def copies_transposed(problem: Conv1dProblem, weave: Weave) -> bool:
     # block copies against x: 256 -> 128 K8 s4 0.063 and 0.072, 192 -> 96 K4 s2 0.526 and 0.515; in NLC 512 -> 256 K16 s8 0.116
     # and 0.121, 256 -> 128 K8 s4 0.062 and 0.054; 512 -> 512 K3 s1 0.101 against 0.141
     return channels >= (512 if problem.layout == "NLC" else 256)
+
+
+def stored_in_blocks(problem: Conv1dProblem) -> bool:
+    """Whether block copies can read x as it is, and no copy of it could be better."""
+    rounded = problem.rounded or problem.dtype.itemsize == 2
+    rows = problem.x_strides[0] * problem.dtype.itemsize, problem.x_strides[2] * problem.dtype.itemsize
+    return rounded and problem.x_strides[1] == 1 and problem.aligned and all(size % 16 == 0 for size in rows)
 
 
 def transposed_tma_config(problem: Conv1dProblem, weave: Weave, device: Device) -> Config:
@@ -110,7 +117,7 @@ def transposed_tma_config(problem: Conv1dProblem, weave: Weave, device: Device) 
         BLOCK_M=min(config.BLOCK_M, max(16, ceil_pow2(problem.N * _positions(problem)))),
         BLOCK_K=min(config.BLOCK_K, channels & -channels),
         tap_major=True,
-        copy_to_nlc=True,
+        copy_to_nlc=not stored_in_blocks(problem),
     )
     return fit(_room_for_left_over_taps(config, problem, weave), problem, device)
 

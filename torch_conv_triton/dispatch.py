@@ -20,7 +20,13 @@ from torch_conv_triton.configs import (
     tma_config,
 )
 from torch_conv_triton.configs_depthwise import depthwise_choices, toeplitz_refusal
-from torch_conv_triton.configs_transposed import copies_transposed, interleaved_config, transposed_config, transposed_tma_config
+from torch_conv_triton.configs_transposed import (
+    copies_transposed,
+    interleaved_config,
+    stored_in_blocks,
+    transposed_config,
+    transposed_tma_config,
+)
 from torch_conv_triton.problem import INT32_MAX, KERNEL_DTYPES, Conv1dProblem, dtype_name
 from torch_conv_triton.tuning import tables
 from torch_conv_triton.versus_aten import faster_in_aten
@@ -138,13 +144,15 @@ def interleaved_refusal(problem: Conv1dProblem, weave: Weave | None) -> str | No
 
 
 def transposed_tma_refusal(problem: Conv1dProblem, weave: Weave, device: Device, config: Config) -> str | None:
-    """Why a copy of x cannot be read by block copies with this config, or None."""
+    """Why x, or a copy of it, cannot be read by block copies with this config, or None."""
     if device.capability < 90:
         return "tensor descriptors need sm_90"
     if problem.dtype == torch.float32 and problem.precision == "ieee":
         return "full float32 is split in registers, where a block copy has no gain"
     if config.BLOCK_K < 16 or problem.C_in_per_group % config.BLOCK_K:
         return "the channels of a group are not a multiple of 16"
+    if not config.copy_to_nlc:
+        return None if stored_in_blocks(problem) else "x is not stored in aligned rows of rounded channels"
     positions = (problem.L_out - 1 + problem.padding) // problem.stride + 1
     if problem.N * max(problem.L_in + weave.reach, positions) > INT32_MAX:
         return "the copy of x has 2^31 rows or more"

@@ -1,8 +1,8 @@
 """Interleaved transposed convolution by block copies (Hopper and later), for many channels.
 
-x is first copied to NLC, where a tap is a shift along an outer dimension, so any step and padding gives an aligned block copy.
-The copy rounds float32 to TF32, which leaves nothing to do between the block copies and the tensor cores, and puts zeros
-between samples, over which tiles then run as over one long signal.
+In NLC a tap is a shift along an outer dimension, so any step and padding gives an aligned block copy. An x that is not NLC, or
+not rounded, is copied first. The copy rounds float32 to TF32, which leaves nothing to do between the block copies and the tensor
+cores, and puts zeros between samples, over which tiles then run as over one long signal.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def accumulate_blocks(
     acc,
     x_desc,
     w_desc,
+    sample,
     x_row,  # of tap 0
     c_start,
     w_row,
@@ -31,13 +32,14 @@ def accumulate_blocks(
     COUNT: tl.constexpr,
     C_IN: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """acc + the products of some taps, tap j with the rows of x from x_row - j * STEP on."""
     for i in range(0, COUNT * (C_IN // BLOCK_K)):
         tap = FIRST + i % COUNT
         c = i // COUNT * BLOCK_K
-        x = x_desc.load([x_row - tap * STEP, c_start + c])
+        x = x_desc.load([sample, x_row - tap * STEP, c_start + c]).reshape(BLOCK_M, BLOCK_K)
         w = w_desc.load([w_row, tap * C_IN + c])
         acc = dot_tile(x, w, acc, False, PRECISION)
     return acc
@@ -45,7 +47,7 @@ def accumulate_blocks(
 
 @triton.jit(do_not_specialize=["N", "L_ROWS", "tiles_m", "tiles_n"])
 def conv1d_transposed_tma_fwd_kernel(
-    x_desc,  # (N * L_ROWS, C_in), block [BLOCK_M, BLOCK_K]
+    x_desc,  # (N, rows, C_in), or with FLATTEN (1, N * L_ROWS, C_in), block [1, BLOCK_M, BLOCK_K]
     w_desc,  # (C_out * ROWS, TAPS * C_in / groups), block [BLOCK_N, BLOCK_K]
     b_ptr,  # (C_out,), or unused
     y_ptr,  # (N, C_out, L_out), any strides
@@ -84,19 +86,20 @@ def conv1d_transposed_tma_fwd_kernel(
     tile_m = (pid // (tiles_n * GROUPS)) % tiles_m
     sample = pid // (tiles_n * GROUPS * tiles_m)
 
-    if FLATTEN:
-        x_row = tile_m * BLOCK_M
-    else:
-        x_row = sample * L_ROWS + tile_m * BLOCK_M + PADDING // STRIDE
+    x_row = tile_m * BLOCK_M + (0 if FLATTEN else PADDING // STRIDE)
     w_row = group * C_OUT * ROWS + tile_n * BLOCK_N
     PARTIAL: tl.constexpr = K % (STRIDE // SPACING)
     FULL: tl.constexpr = TAPS - (PARTIAL > 0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if PARTIAL > 0:
-        acc = accumulate_blocks(acc, x_desc, w_desc, x_row, group * C_IN, w_row, STEP, FULL, 1, C_IN, PRECISION, BLOCK_K)
+        acc = accumulate_blocks(
+            acc, x_desc, w_desc, sample, x_row, group * C_IN, w_row, STEP, FULL, 1, C_IN, PRECISION, BLOCK_M, BLOCK_K
+        )
         acc = mask_phases(acc, tile_n * BLOCK_N + tl.arange(0, BLOCK_N), PARTIAL, ROWS)
     if FULL > 0:
-        acc = accumulate_blocks(acc, x_desc, w_desc, x_row, group * C_IN, w_row, STEP, 0, FULL, C_IN, PRECISION, BLOCK_K)
+        acc = accumulate_blocks(
+            acc, x_desc, w_desc, sample, x_row, group * C_IN, w_row, STEP, 0, FULL, C_IN, PRECISION, BLOCK_M, BLOCK_K
+        )
     store_interleaved(
         acc,
         widen(tile_m, INT64) * BLOCK_M,
@@ -147,13 +150,18 @@ def conv1d_transposed_tma(
     C_in = C_total // groups
     rows = weave.rows(C_in)
     packed = pack_interleaved(weight, groups, weave, tf32)
-    x_rows, flatten, tiles_m = rows_of_samples(x, weave, stride, padding, L_out, tf32, config.BLOCK_M)
+    if config.copy_to_nlc:
+        x_rows, flatten, tiles_m = rows_of_samples(x, weave, stride, padding, L_out, tf32, config.BLOCK_M)
+    else:
+        x_rows, flatten = x.transpose(1, 2), False
+        tiles_m = triton.cdiv((L_out - 1 + padding) // stride - padding // stride + 1, config.BLOCK_M)
     L_rows = x_rows.shape[1]
+    x_shape = [1, N * L_rows, C_total] if flatten else [N, L_rows, C_total]
     tiles_n = triton.cdiv(C_out // groups * rows, config.BLOCK_N)
     launch(
         conv1d_transposed_tma_fwd_kernel,
         (tiles_n * groups * tiles_m * (1 if flatten else N),),
-        descriptor(x_rows.flatten(0, 1), [N * L_rows, C_total], [C_total, 1], [config.BLOCK_M, config.BLOCK_K]),
+        descriptor(x_rows, x_shape, [x_rows.stride(0), x_rows.stride(1), 1], [1, config.BLOCK_M, config.BLOCK_K]),
         descriptor(packed, list(packed.shape), list(packed.stride()), [config.BLOCK_N, config.BLOCK_K]),
         bias if bias is not None else packed,
         y,

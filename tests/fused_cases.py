@@ -1,0 +1,85 @@
+"""What tests of fused convolutions share: activations as programs, a problem for every kernel, how the operator is called."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from torch_conv_triton import dispatch, fused, reference
+from torch_conv_triton.configs import Config
+from torch_conv_triton.testing import Case, in_nan_buffer, poisoned_allocations
+
+# name: (text of the activation of %0, which ends in the last value; the same in torch), in float64 alike
+CHAINS = {
+    "leaky_relu": ("mul %0 0.1; gt %0 0.0; where %2 %0 %1", lambda y: F.leaky_relu(y, 0.1)),
+    "snake": ("mul %0 1.5; sin %1; pow2 %2; div %3 1.5; add %0 %4", lambda y: y + (1.5 * y).sin() ** 2 / 1.5),
+    "silu": ("sigmoid %0; mul %0 %1", F.silu),
+    "gelu": ("mul %0 0.7071067811865476; erf %1; add %2 1.0; mul %0 %3; mul %4 0.5", F.gelu),
+    "gelu_tanh": (
+        "pow2 %0; mul %0 %1; mul %2 0.044715; add %0 %3; mul %4 0.7978845608028654; tanh %5; add %6 1.0; mul %0 %7; mul %8 0.5",
+        lambda y: F.gelu(y, approximate="tanh"),
+    ),
+    "elu": ("expm1 %0; gt %0 0.0; where %2 %0 %1", F.elu),
+    "clamp": ("max %0 -0.5; min %1 0.25", lambda y: y.clamp(-0.5, 0.25)),
+    "hardswish": ("add %0 3.0; max %1 0.0; min %2 6.0; mul %0 %3; div %4 6.0", F.hardswish),
+    "softplus": ("exp %0; log1p %1", F.softplus),
+}
+
+
+# every kernel that fuses, on a problem that it suits
+FAMILIES = {
+    "dense": (Case("dense", 2, 32, 71, 40, 3, padding=2, dilation=2), "NCL", None),
+    "dense_weights_left": (Case("dense", 2, 32, 71, 72, 3, padding=1), "NCL", Config(64, 64, 16, weights_left=True)),
+    "dense_over_samples": (Case("dense", 3, 32, 7, 40, 3, padding=1), "NCL", None),
+    "dense_grouped": (Case("grouped", 2, 32, 33, 48, 3, padding=1, groups=2), "NLC", None),
+    "dense_copied": (
+        Case("dense", 2, 64, 41, 64, 5, stride=2, padding=2),
+        "NCL",
+        Config(64, 64, 32, tap_major=True, copy_to_nlc=True),
+    ),
+    "dense_persistent": (Case("long", 1, 16, 6000, 16, 3, padding=1), "NCL", None),
+    "dense_tma": (Case("dense", 2, 32, 70, 40, 4, stride=2, padding=1), "NLC", None),
+    "transposed": (Case("transposed", 2, 16, 20, 24, 5, stride=3, padding=2, transposed=True, output_padding=1), "NCL", None),
+    "transposed_interleaved": (Case("transposed", 2, 16, 50, 20, 4, stride=2, padding=1, transposed=True), "NCL", None),
+    "transposed_interleaved_row_by_row": (Case("by_row", 2, 512, 9, 5, 8, stride=3, padding=2, transposed=True), "NCL", None),
+    "transposed_tma": (Case("transposed", 3, 32, 9, 24, 4, stride=2, padding=1, transposed=True), "NCL", None),
+    "depthwise": (Case("depthwise", 2, 9, 45, 18, 5, stride=2, padding=2, groups=9), "NCL", None),
+    "depthwise_transposed": (Case("depthwise", 2, 9, 25, 9, 4, stride=2, padding=1, groups=9, transposed=True), "NCL", None),
+    "depthwise_sliding": (Case("depthwise", 2, 24, 61, 24, 4, padding=3, groups=24), "NLC", None),
+}
+# a residual before the activation, a scale by channel and a shift after it
+PROGRAM = "add %0 a0; mul %1 0.1; gt %1 0.0; where %3 %1 %2; mul %4 a1; add %5 a2"
+
+
+def kernel_of(name):
+    return next(kernel for kernel in sorted(dispatch.FUSING, key=len, reverse=True) if name.startswith(kernel))
+
+
+def family_plan(name, problem, device=dispatch.INTERPRETER):
+    config = FAMILIES[name][2]
+    if config is not None:
+        return dispatch.Plan(kernel_of(name), config, "")
+    return next(plan for plan in dispatch.candidates(problem, device) if plan.kernel == kernel_of(name))
+
+
+def call(x, weight, bias, case, epilogue="", operands=(), rounded=False, mode="zeros", end=None):
+    padding = [case.padding, case.padding - case.output_padding if end is None else end]
+    geometry = case.stride, padding, case.dilation, case.groups, case.transposed, mode
+    with poisoned_allocations():
+        return fused.conv1d_fused(x, weight, bias, *geometry, epilogue, list(operands), rounded)
+
+
+def float64(x, weight, bias, case, **changes):
+    x, weight, bias = (t.double() for t in (x, weight, bias))
+    return reference.conv1d(x, weight, bias, *replace(case, **changes).geometry)
+
+
+def operand(*shape, layout="NCL", seed=5, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    return in_nan_buffer(torch.randn(shape, generator=generator).to(device, dtype), layout)
+
+
+def nearest_tf32(tensor):
+    """The values with the last 13 of 23 mantissa bits rounded away, ties away from zero, with the strides of the tensor."""
+    tensor.copy_(((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32))
+    return tensor
