@@ -248,8 +248,10 @@ def stays_resident(config: Config, problem: Conv1dProblem, device: Device) -> bo
     slices = -(-problem.C_in_per_group // config.BLOCK_K) * problem.K
     if not config.tap_major:
         slices = -(-problem.C_in_per_group * problem.K // config.BLOCK_K)
-    # beside the weights lie the x tiles of one output tile, for every stage but the last, and the accumulators on their way out
-    resident = slices * config.BLOCK_K * (config.BLOCK_N + (config.num_stages - 1) * config.BLOCK_M) * problem.dtype.itemsize
+    # beside the weights lie the x tiles of one output tile, for every stage but the last, and the accumulators on their way out;
+    # float32 that is not rounded is multiplied where it lies, which takes one more
+    stages = config.num_stages if problem.rounded else config.num_stages - 1
+    resident = slices * config.BLOCK_K * (config.BLOCK_N + stages * config.BLOCK_M) * problem.dtype.itemsize
     return slices <= 16 and resident + 4 * config.BLOCK_M * config.BLOCK_N <= device.shared_memory
 
 
