@@ -8,7 +8,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 from torch_conv_triton.dispatch import aten
-from torch_conv_triton.graph.fused_call import FusedCall
+from torch_conv_triton.graph.call import OperatorCall
 
 
 @pytest.fixture(autouse=True)
@@ -193,9 +193,8 @@ def test_a_residual_block_stores_the_sum_and_its_activation():
 v0 = triton_conv.conv1d_fused.default(in0, in1, None, 1, [1, 1], 1, 1, False, zeros, add a0 %0; gt %1 0.0; mul %1 0.1; where %2 %1 %3; out %1 fp32 NCL; out %4 fp32 NCL, [in0], False)
 v1: float32[2, 4, 16] = getitem(v0, 0)
 v2: float32[2, 4, 16] = getitem(v0, 1)
-v3 = triton_conv.conv1d_fused.default(v2, in2, None, 1, [2, 2], 2, 1, False, zeros, add a0 %0; out %1 fp32 NCL, [v1], False)
-v4: float32[2, 4, 16] = getitem(v3, 0)
-return [v4]
+v3: float32[2, 4, 16] = triton_conv.conv1d_fused.one(v2, in2, None, 1, [2, 2], 2, 1, False, zeros, add a0 %0; out %1 fp32 NCL, [v1], False)
+return [v3]
 """,  # noqa: E501
     )
 
@@ -212,9 +211,8 @@ def test_the_sum_of_two_convolutions_goes_to_the_later_one():
         after(lambda x: F.relu(F.conv1d(x, W) + F.conv1d(x, other)), X),
         """\
 v0: float32[2, 6, 14] = triton_conv.conv1d.default(in0, in1, None, [1], [0], [1], 1)
-v1 = triton_conv.conv1d_fused.default(in0, in2, None, 1, [0, 0], 1, 1, False, zeros, add a0 %0; max %1 0.0; out %2 fp32 NCL, [v0], False)
-v2: float32[2, 6, 14] = getitem(v1, 0)
-return [v2]
+v1: float32[2, 6, 14] = triton_conv.conv1d_fused.one(in0, in2, None, 1, [0, 0], 1, 1, False, zeros, add a0 %0; max %1 0.0; out %2 fp32 NCL, [v0], False)
+return [v1]
 """,  # noqa: E501
     )
 
@@ -318,12 +316,12 @@ def test_nothing_is_folded_when_the_option_says_so():
 
 
 def test_nothing_is_folded_where_aten_would_compute_it(monkeypatch):
-    monkeypatch.setattr(FusedCall, "plan", lambda call: aten("it is faster"))
+    monkeypatch.setattr(OperatorCall, "plan", lambda call: aten("it is faster"))
     assert not folded(after(lambda x: F.relu(F.conv1d(x, W)), X))
 
 
 def test_padding_is_folded_where_the_epilogue_cannot_be(monkeypatch):
-    with_epilogues = FusedCall.plan
-    monkeypatch.setattr(FusedCall, "plan", lambda call: aten("") if call.program.instructions else with_epilogues(call))
+    with_epilogues = OperatorCall.plan
+    monkeypatch.setattr(OperatorCall, "plan", lambda call: aten("") if call.program.instructions else with_epilogues(call))
     graph = after(lambda x: F.relu(F.conv1d(F.pad(x, (2, 0)), W)), X)
     assert folded(graph) and "relu" in graph and "constant_pad_nd" not in graph

@@ -49,6 +49,15 @@ def test_padding_modes_are_those_of_the_module(tensors, mode, padding):
     assert_within_budget(y, F.conv1d(F.pad(x.double(), padding, mode), weight.double(), bias.double(), 2), "tf32")
 
 
+def test_a_single_output_may_come_without_a_list(tensors):
+    x, weight, bias = tensors
+    arguments = x, weight, bias, 2, [2, 0], 1, 1, False, "reflect", "exp %0; out %1 bf16 NLC", [], False
+    y = torch.ops.triton_conv.conv1d_fused.one(*arguments)
+    (expected,) = fused.conv1d_fused(*arguments)
+    assert torch.equal(y, expected) and y.stride() == expected.stride()
+    torch.library.opcheck(torch.ops.triton_conv.conv1d_fused.one, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_the_epilogue_is_computed_and_every_output_has_its_dtype_and_layout(tensors):
     x, weight, bias = tensors
     residual = torch.randn(2, 6, 33)

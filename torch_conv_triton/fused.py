@@ -30,11 +30,13 @@ from torch_conv_triton.problem import (
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 _library = torch.library.Library("triton_conv", "FRAGMENT")
-_library.define(
-    "conv1d_fused(Tensor input, Tensor weight, Tensor? bias, int stride, SymInt[2] padding, int dilation, int groups, "
-    "bool transposed, str padding_mode, str epilogue, Tensor[] operands, bool rounded) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
-)
+# `one` is for programs of one output: Inductor's C++ wrapper (torch 2.13) crashes on a list of one tensor
+for _name, _results in (("conv1d_fused", "Tensor[]"), ("conv1d_fused.one", "Tensor")):
+    _library.define(
+        f"{_name}(Tensor input, Tensor weight, Tensor? bias, int stride, SymInt[2] padding, int dilation, int groups, "
+        f"bool transposed, str padding_mode, str epilogue, Tensor[] operands, bool rounded) -> {_results}",
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    )
 conv1d_fused = torch.ops.triton_conv.conv1d_fused.default
 
 _calls: dict[tuple, FusedCall] = {}
@@ -244,6 +246,18 @@ def _convolution(input, weight, bias, stride, padding, dilation, groups, transpo
     return execute.forward(padded, weight, bias, stride, 0, dilation, groups)
 
 
-_library.impl("conv1d_fused", compute_conv1d_fused, "CPU")
-_library.impl("conv1d_fused", compute_conv1d_fused, "CUDA")
-torch.library.register_fake("triton_conv::conv1d_fused", _conv1d_fused_fake, lib=_library)
+def _one(compute):
+    def compute_one(*arguments):
+        (output,) = compute(*arguments)
+        return output
+
+    return compute_one
+
+
+for _name, _compute, _fake in (
+    ("conv1d_fused", compute_conv1d_fused, _conv1d_fused_fake),
+    ("conv1d_fused.one", _one(compute_conv1d_fused), _one(_conv1d_fused_fake)),
+):
+    _library.impl(_name, _compute, "CPU")
+    _library.impl(_name, _compute, "CUDA")
+    torch.library.register_fake(f"triton_conv::{_name}", _fake, lib=_library)

@@ -16,8 +16,8 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from torch_conv_triton.epilogue import Argument, Builder, Operand, Output, Program, Value
+from torch_conv_triton.graph.call import CONVOLUTIONS, FUSED
 from torch_conv_triton.graph.convolution import aten, has_strides, value
-from torch_conv_triton.graph.fused_call import CONVOLUTIONS, FUSED
 from torch_conv_triton.graph.pointwise import FLOATS, is_pointwise, translate
 from torch_conv_triton.problem import contiguous_strides
 
@@ -29,7 +29,7 @@ MOST_INLINED = 4
 # operators that read their inputs from memory; Inductor computes the others together with what they read
 READERS = (
     *CONVOLUTIONS,
-    FUSED,
+    *FUSED,
     aten.convolution.default,
     aten.convolution_backward.default,
     aten.mm.default,

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from torch_conv_triton.epilogue import Output
+from torch_conv_triton.graph.call import CONVOLUTIONS, OperatorCall
 from torch_conv_triton.graph.convolution import aten, has_strides, value
 from torch_conv_triton.graph.epilogue import Epilogue, grow_epilogue
-from torch_conv_triton.graph.fused_call import CONVOLUTIONS, FusedCall
 from torch_conv_triton.graph.padding import fold_crop, fold_padding
 from torch_conv_triton.graph.report import ConvRecord
 
@@ -24,7 +24,7 @@ class Fold:
     `words` says what was folded.
     """
 
-    call: FusedCall
+    call: OperatorCall
     replaced: tuple[Node, ...]
     outputs: tuple[Node, ...]
     words: tuple[str, ...]
@@ -45,7 +45,7 @@ def fold(graph: Graph, records: dict[Node, ConvRecord]) -> None:
 
 
 def _fold_one(graph: Graph, node: Node, first_write: Node | None, records: dict[Node, ConvRecord]) -> None:
-    call, padding = fold_padding(graph, FusedCall.of(node))
+    call, padding = fold_padding(graph, OperatorCall.of(node))
     call, result, crop = fold_crop(call, node)
     words = [str(padding)] if padding else []
     if crop:
@@ -79,7 +79,7 @@ def _put(graph: Graph, fold: Fold) -> Node:
     results = [_as_stored(value(node), output) for node, output in zip(fold.outputs, fold.call.program.outputs, strict=True)]
     with graph.inserting_after(max(fold.replaced[0], *fold.call.tensors)):
         call, outputs = fold.call.insert(graph, results)
-    call.meta = {**fold.replaced[0].meta, "val": results}
+    call.meta = {**fold.replaced[0].meta, **call.meta}
     for old, new in zip(fold.outputs, outputs, strict=True):
         new.meta = {**old.meta, "val": value(new)}
         old.replace_all_uses_with(new)

@@ -9,8 +9,8 @@ from torch import SymInt
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from torch_conv_triton.graph.call import OperatorCall
 from torch_conv_triton.graph.convolution import aten, is_contiguous, named_arguments, value
-from torch_conv_triton.graph.fused_call import FusedCall
 
 prims = torch.ops.prims
 CONVERT = prims.convert_element_type.default
@@ -30,7 +30,7 @@ class Padding:
         return f"padding {self.start}+{self.end}{kind}"
 
 
-def fold_padding(graph: Graph, call: FusedCall) -> tuple[FusedCall, Padding | None]:
+def fold_padding(graph: Graph, call: OperatorCall) -> tuple[OperatorCall, Padding | None]:
     """The call with the padding of its input folded in, and that padding; None where there is none to fold.
 
     That is also where the padded tensor has another user, so that the copy stays.
@@ -45,7 +45,7 @@ def fold_padding(graph: Graph, call: FusedCall) -> tuple[FusedCall, Padding | No
     return replace(call, input=padding.input, padding=padded, padding_mode=mode), padding
 
 
-def fold_crop(call: FusedCall, result: Node) -> tuple[FusedCall, Node, tuple[int, int] | None]:
+def fold_crop(call: OperatorCall, result: Node) -> tuple[OperatorCall, Node, tuple[int, int] | None]:
     """The call that computes only what is kept of its result, the node of that, and how much goes at either end.
 
     None where the result has another user than one that crops it, or where the strides of the cropped view matter.

@@ -19,11 +19,12 @@ from torch_conv_triton.problem import Conv1dProblem
 
 ops = torch.ops.triton_conv
 CONVOLUTIONS = (ops.conv1d.default, ops.conv_transpose1d.default)
-FUSED = ops.conv1d_fused.default
+# with one output, with two
+FUSED = (ops.conv1d_fused.one, ops.conv1d_fused.default)
 
 
 @dataclass(frozen=True, slots=True)
-class FusedCall:
+class OperatorCall:
     """The arguments of `conv1d_fused`, tensors as nodes and the epilogue as a program."""
 
     input: Node
@@ -40,12 +41,12 @@ class FusedCall:
     rounded: bool = False
 
     @classmethod
-    def of(cls, node: Node) -> FusedCall:
+    def of(cls, node: Node) -> OperatorCall:
         """The call that computes what a node of one of `CONVOLUTIONS`, or of `FUSED`, computes."""
         arguments = named_arguments(node)
         dtype = value(arguments["input"]).dtype
         tensors = arguments["input"], arguments["weight"], arguments.get("bias")
-        if node.target is FUSED:
+        if node.target in FUSED:
             keep = {name: arguments[name] for name in ("stride", "dilation", "groups", "transposed", "padding_mode", "rounded")}
             return cls(
                 *tensors,
@@ -81,18 +82,24 @@ class FusedCall:
         """The convolution in it, at the sizes seen while compiling."""
         return fused.problem_of(*self._arguments(_stand_ins(self.tensors)))
 
-    def insert(self, graph: Graph, results: Sequence[Tensor]) -> tuple[Node, list[Node]]:
-        """Add the call to the graph, and a node for each output; `results` are the fake tensors that they compute."""
-        call = graph.call_function(FUSED, self._arguments({node: node for node in self.tensors}))
+    def insert(self, graph: Graph, results: Sequence[Tensor]) -> tuple[Node, tuple[Node, ...]]:
+        """Add the call to the graph; returns its node and one for each output. `results` are the fake tensors that these are."""
+        arguments = self._arguments({node: node for node in self.tensors})
+        if len(results) == 1:
+            call = graph.call_function(FUSED[0], arguments)
+            call.meta["val"] = results[0]
+            return call, (call,)
+        call = graph.call_function(FUSED[1], arguments)
         call.meta["val"] = list(results)
         outputs = []
-        with graph.inserting_after(call):
-            for i, result in reversed(list(enumerate(results))):
+        # each goes right behind the call, so before the one that was put there
+        for i in (1, 0):
+            with graph.inserting_after(call):
                 outputs.append(graph.call_function(operator.getitem, (call, i)))
-                outputs[-1].meta["val"] = result
-        return call, outputs[::-1]
+            outputs[-1].meta["val"] = results[i]
+        return call, tuple(reversed(outputs))
 
-    def with_program(self, program: Program, operands: Sequence[Node]) -> FusedCall:
+    def with_program(self, program: Program, operands: Sequence[Node]) -> OperatorCall:
         return replace(self, program=program, operands=tuple(operands))
 
     def _arguments(self, tensor: dict[Node, object]) -> tuple[object, ...]:
