@@ -120,7 +120,7 @@ def conv1d_dense_fwd_kernel(
         l_out,
         row_mask,
         widen(group, INT64) * C_OUT,
-        o,
+        tile_n * BLOCK_N,
         C_OUT,
         b_ptr,
         y_ptr,

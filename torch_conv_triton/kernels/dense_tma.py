@@ -78,7 +78,7 @@ def conv1d_dense_tma_fwd_kernel(
         l_out,
         l_out < L_out,
         widen(group, INT64) * C_OUT,
-        tile_n * BLOCK_N + tl.arange(0, BLOCK_N),
+        tile_n * BLOCK_N,
         C_OUT,
         b_ptr,
         y_ptr,

@@ -91,7 +91,7 @@ def conv1d_depthwise_fwd_kernel(
         l_out,
         row_mask,
         0,
-        o,
+        tile_c * BLOCK_N,
         C_OUT,
         b_ptr,
         y_ptr,

@@ -89,6 +89,13 @@ def varies(EPILOGUE, operand, dimension):
 
 
 @triton.constexpr_function
+def is_large(EPILOGUE, SHAPE):
+    """Whether a tile and what is read or stored beside it do not fit the registers together."""
+    tiles = EPILOGUE.count("; out ") - 1 + sum("c" in kind and "l" in kind for kind in EPILOGUE.split("; ")[0].split())
+    return tiles > 0 and SHAPE[0] * SHAPE[1] >= 128 * 128
+
+
+@triton.constexpr_function
 def word(EPILOGUE, instruction, i):
     """Word i of an instruction, its name first; "" beyond the last. The outputs follow the instructions."""
     words = EPILOGUE.split("; ")[1 + instruction].split()
@@ -315,13 +322,23 @@ def store_outputs(
 
 
 @triton.jit
+def halves(acc, AXIS: tl.constexpr):
+    """The first and the second half of a tile along an axis."""
+    if AXIS == 0:
+        parts = tl.permute(tl.reshape(acc, (2, acc.shape[0] // 2, acc.shape[1])), (1, 2, 0))
+    else:
+        parts = tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1))
+    return tl.split(parts)
+
+
+@triton.jit
 def store_tile(
     acc,  # [BLOCK_M, BLOCK_N], or with WEIGHTS_LEFT [BLOCK_N, BLOCK_M]
     n,  # sample, int64: one, or one a row [BLOCK_M]
     at,  # [BLOCK_M] position in y of each row
     row_mask,  # [BLOCK_M]
     first,
-    o,  # [BLOCK_N] channel within the group
+    o_start,  # channel within the group of the first column
     C_OUT,  # per group
     b_ptr,
     y_ptr,
@@ -340,22 +357,27 @@ def store_tile(
     COLUMNS: tl.constexpr = 1 - ROWS
     if n.type.is_block():
         n = tl.expand_dims(n, ROWS)
-    store_outputs(
-        acc,
-        n,
-        tl.expand_dims(at, ROWS),
-        tl.expand_dims(row_mask, ROWS),
-        first,
-        tl.expand_dims(o, COLUMNS),
-        tl.expand_dims(o < C_OUT, COLUMNS),
-        b_ptr,
-        y_ptr,
-        stride_yn,
-        stride_yc,
-        stride_yl,
-        more,
-        more_strides,
-        EPILOGUE,
-        HAS_BIAS,
-        INT64,
-    )
+    pieces = (acc,)
+    if is_large(EPILOGUE, acc.shape):
+        pieces = halves(acc, ROWS)
+    for i in tl.static_range(len(pieces)):
+        o = o_start + i * pieces[i].shape[ROWS] + tl.arange(0, pieces[i].shape[ROWS])
+        store_outputs(
+            pieces[i],
+            n,
+            tl.expand_dims(at, ROWS),
+            tl.expand_dims(row_mask, ROWS),
+            first,
+            tl.expand_dims(o, COLUMNS),
+            tl.expand_dims(o < C_OUT, COLUMNS),
+            b_ptr,
+            y_ptr,
+            stride_yn,
+            stride_yc,
+            stride_yl,
+            more,
+            more_strides,
+            EPILOGUE,
+            HAS_BIAS,
+            INT64,
+        )

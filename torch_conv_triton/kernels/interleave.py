@@ -203,14 +203,13 @@ def store_interleaved(
             within = (i // GAP) % ROWS * SPACING + i % GAP
             n, t, mask = output_positions(i // WIDTH, within, start, sample, N, L_ROWS, L_out, STRIDE, PADDING, FLATTEN)
             mask = mask & (i % GAP < SPACING) & (within < STRIDE)
-        o = tile_n * BLOCK_O + tl.arange(0, BLOCK_O)
         store_tile(
             tile,
             n,
             t,
             mask,
             first,
-            o,
+            tile_n * BLOCK_O,
             C_OUT,
             b_ptr,
             y_ptr,

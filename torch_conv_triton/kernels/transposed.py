@@ -155,7 +155,7 @@ def conv1d_transposed_fwd_kernel(
         t,
         row_mask,
         widen(group, INT64) * C_OUT,
-        o,
+        tile_n * BLOCK_N,
         C_OUT,
         b_ptr,
         y_ptr,
