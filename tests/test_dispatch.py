@@ -184,3 +184,48 @@ def test_a_repeated_problem_is_planned_once():
     for _ in range(3):
         dispatch.plan(replace(SEED), H200)
     assert dispatch.plan.cache_info().misses == 1
+
+
+def rounded(x, C_out, K, **geometry):
+    return replace(problem(x, C_out, K, layout="NLC", **geometry), rounded=True)
+
+
+@pytest.mark.parametrize(
+    "found, kernel",
+    [
+        (rounded((8, 64, 38400), 64, 7, padding=3), "dense_tma"),
+        (rounded((8, 128, 9600), 128, 3, padding=1), "dense_tma"),
+        (rounded((8, 32, 153600), 32, 3, padding=1), "dense"),
+        (rounded((8, 256, 2400), 128, 8, stride=4, padding=2, transposed=True), "transposed_tma"),
+        (problem((8, 64, 38400), 64, 7, padding=3, layout="NLC"), "dense"),
+    ],
+    ids=lambda value: value.describe() if isinstance(value, Conv1dProblem) else value,
+)
+def test_rounded_float32_is_read_in_block_copies_without_a_copy_of_it(found, kernel):
+    plan = dispatch.fused_plan(found, H200)
+    assert plan.kernel == kernel
+    assert not plan.config.copy_to_nlc
+
+
+def test_a_fused_problem_has_the_plan_of_the_problem_alone_where_that_kernel_fuses():
+    alone = problem((8, 128, 9600), 128, 7, padding=3)
+    assert dispatch.fused_plan(alone, H200) == dispatch.plan(alone, H200)
+    depthwise = problem((8, 512, 2048), 512, 7, padding=3, groups=512)
+    assert dispatch.plan(depthwise, H200).kernel not in dispatch.FUSING
+    assert dispatch.fused_plan(depthwise, H200).kernel in dispatch.FUSING
+
+
+def test_resident_weights_leave_no_room_for_a_second_tile():
+    seed = problem((64, 64, 224280), 128, 3, stride=3, dilation=4, layout="NLC", dtype=torch.bfloat16)
+    assert dispatch.fused_plan(seed, H200).kernel == "dense_persistent"
+    assert dispatch.fused_plan(seed, H200, beside=True).kernel != "dense_persistent"
+
+
+@pytest.mark.parametrize("start, end, length", [(0, 2, 98), (3, -1, 98), (-2, 0, 94)])
+def test_padding_may_differ_at_the_ends(start, end, length):
+    found = replace(problem((2, 16, 100), 16, 5, padding=start), padding_end=end)
+    assert found.L_out == length
+    assert f"e{end}" in found.describe()
+    transposed = replace(problem((2, 16, 100), 16, 5, stride=2, padding=start, transposed=True), padding_end=end)
+    assert transposed.L_out == 99 * 2 + 5 - start - end
+    assert (dispatch.refusal(transposed) is None) == (start >= 0)

@@ -20,7 +20,7 @@ def only(monkeypatch):
     """Makes one plan run every fused call."""
 
     def run(plan):
-        monkeypatch.setattr(dispatch, "fused_plan", lambda problem, device: plan)
+        monkeypatch.setattr(dispatch, "fused_plan", lambda problem, device, beside: plan)
         monkeypatch.setattr(fused, "_calls", {})
 
     return run

@@ -21,6 +21,7 @@ from torch_conv_triton.configs import (
 )
 from torch_conv_triton.configs_depthwise import depthwise_choices, toeplitz_refusal
 from torch_conv_triton.configs_transposed import (
+    WIDEST,
     copies_transposed,
     interleaved_config,
     stored_in_blocks,
@@ -224,12 +225,17 @@ def candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan, ...]:
     return tuple(plans)
 
 
-def fused_plan(problem: Conv1dProblem, device: Device | None) -> Plan:
-    """The plan that runs this problem with what follows it: that of the problem alone, where the kernel can."""
+def fused_plan(problem: Conv1dProblem, device: Device | None, beside: bool = False) -> Plan:
+    """The plan that runs this problem with what follows it: that of the problem alone, where the kernel can.
+
+    `beside`: whether a tile of the output has tiles of operands or of a second output beside it.
+    """
+    # resident weights leave them no shared memory
+    fusing = [kernel for kernel in FUSING if not (beside and kernel == "dense_persistent")]
     found = plan(problem, device)
-    if found.is_aten or found.kernel in FUSING:
+    if found.is_aten or found.kernel in fusing:
         return found
-    return next(candidate for candidate in reversed(candidates(problem, device)) if candidate.kernel in FUSING)
+    return next(candidate for candidate in reversed(candidates(problem, device)) if candidate.kernel in fusing)
 
 
 def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
@@ -248,12 +254,17 @@ def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
         if problem.dtype == torch.float32:
             # x_k7c192 as a gathered GEMM with tiles of 256 channels 0.959, in block copies 1.054
             wins = wins and problem.C_out_per_group % 128 == 0
+        if problem.rounded:
+            # 64 -> 64 K3, K7 and K11 of 8 x 38400 0.068, 0.103 and 0.150, gathered 0.069, 0.108 and 0.160; 32 -> 32 K3 of 8 x
+            # 153600 0.123 and 0.118
+            fills = problem.C_out_per_group <= 128 or problem.C_out_per_group % 128 == 0
+            wins = problem.flops > 2e9 and config.BLOCK_K >= 32 and config.BLOCK_N >= 64 and problem.L_out >= 64 and fills
         plan = Plan("dense_tma", config, "channels-last x: every tap is a row shift of one block copy")
         ranked.append((2 if wins else 0, plan))
     config = persistent_config(problem, device)
     if config:
         # in NLC x_hifi32_k3 0.135 against 0.140, s_seed_bf16 0.866 against 0.895; otherwise it loses
-        wins = problem.layout == "NLC" and (config.BLOCK_N <= 32) == (problem.dtype.itemsize == 4)
+        wins = problem.layout == "NLC" and (config.BLOCK_N <= 32) == (problem.dtype.itemsize == 4) and not problem.rounded
         plan = Plan("dense_persistent", config, "the weights stay in shared memory while a program walks over tiles")
         ranked.append((3 if wins else 0, plan))
     return [plan for _, plan in sorted(ranked, key=lambda pair: pair[0])]
@@ -280,7 +291,8 @@ def _transposed_by_preference(problem: Conv1dProblem, device: Device) -> list[Pl
     config = transposed_tma_config(problem, weave, device)
     if not transposed_tma_refusal(problem, weave, device, config):
         plan = Plan("transposed_tma", config, "all output phases of a tile together, from block copies of channels-last x")
-        wins = copies_transposed(problem, weave) and not (plain and _is_better_plain(plain, plans[-1]))
+        wins = copies_transposed(problem, weave) or (problem.rounded and not config.copy_to_nlc and config.BLOCK_N >= WIDEST)
+        wins = wins and not (plain and _is_better_plain(plain, plans[-1]))
         plans.insert(len(plans) if wins else 0, plan)
     return plans
 

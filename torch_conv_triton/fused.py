@@ -142,7 +142,8 @@ def plan(
     for dtype in (*stored, *(operand.dtype for operand in operands)):
         if dtype not in KERNEL_DTYPES:
             return aten(f"{dtype_name(dtype)} is computed by aten")
-    return dispatch.fused_plan(problem_of(*arguments), dispatch.device_for(input.device))
+    beside = len(stored) > 1 or any(operand.dim() > 1 and min(operand.shape[-2:]) > 1 for operand in operands)
+    return dispatch.fused_plan(problem_of(*arguments), dispatch.device_for(input.device), beside)
 
 
 def supports(*arguments) -> bool:

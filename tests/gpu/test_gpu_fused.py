@@ -48,7 +48,7 @@ def test_every_kernel_runs_programs(name, dtype, first, fresh):
     case, layout, _ = FAMILIES[name]
     rounded = name == "dense_tma"
 
-    def plan(problem, device):
+    def plan(problem, device, beside):
         return family_plan(name, problem, device)
 
     fresh.setattr(dispatch, "fused_plan", plan)
