@@ -190,10 +190,10 @@ def test_a_residual_block_stores_the_sum_and_its_activation():
     assert_expected_inline(
         after(block, X),
         """\
-v0 = triton_conv.conv1d_fused.default(in0, in1, None, 1, [1, 1], 1, 1, False, zeros, add a0 %0; gt %1 0.0; mul %1 0.1; where %2 %1 %3; out %1 fp32 NCL; out %4 fp32 NCL, [in0], False)
+v0 = triton_conv.conv1d_fused.default(in0, in1, None, 1, [1, 1], 1, 1, False, zeros, add a0 %0; gt %1 0.0; mul %1 0.1; where %2 %1 %3; tf32 %4; out %1 fp32 NCL; out %5 fp32 NCL, [in0], False)
 v1: float32[2, 4, 16] = getitem(v0, 0)
 v2: float32[2, 4, 16] = getitem(v0, 1)
-v3: float32[2, 4, 16] = triton_conv.conv1d_fused.one(v2, in2, None, 1, [2, 2], 2, 1, False, zeros, add a0 %0; out %1 fp32 NCL, [v1], False)
+v3: float32[2, 4, 16] = triton_conv.conv1d_fused.one(v2, in2, None, 1, [2, 2], 2, 1, False, zeros, add a0 %0; out %1 fp32 NCL, [v1], True)
 return [v3]
 """,  # noqa: E501
     )

@@ -135,7 +135,7 @@ def test_inference(build, shape, folds, layers, dtype):
         actual, strides = captured(x), model(x).stride()
         assert_close(actual, model.double()(x.double()).to(dtype), 2 * layers)
     assert actual.stride() == strides
-    assert captured.after[0].count("conv1d_fused") == folds
+    assert captured.after[0].count("conv1d_fused") >= folds
 
 
 @pytest.mark.parametrize(("build", "shape", "folds", "layers"), MODELS.values(), ids=MODELS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch.fx import Graph, Node
 
 from torch_conv_triton import fused
 from torch_conv_triton.dispatch import Plan
-from torch_conv_triton.epilogue import Program, parse
-from torch_conv_triton.graph.convolution import hint, named_arguments, value
+from torch_conv_triton.epilogue import Output, Program, Value, parse
+from torch_conv_triton.graph.convolution import has_strides, hint, named_arguments, value
 from torch_conv_triton.problem import Conv1dProblem
 
 ops = torch.ops.triton_conv
@@ -78,26 +79,50 @@ class OperatorCall:
         """How the operator would run it, at the sizes seen while compiling."""
         return fused.plan(*self._arguments(_stand_ins(self.tensors)))
 
+    def plan_reading(self, layout: str, rounded: bool) -> Plan:
+        """How it would run if its input were stored so: contiguous ("NCL") or channels-last ("NLC"), rounded to TF32 or not."""
+        tensors = _stand_ins(self.tensors)
+        x = tensors[self.input]
+        strides = Output(Value(0), x.dtype, layout).strides(*x.shape[1:])
+        tensors[self.input] = _stand_in(tuple(x.shape), strides, 0, x.dtype, x.device)
+        return fused.plan(*replace(self, rounded=rounded)._arguments(tensors))
+
     def problem(self) -> Conv1dProblem:
         """The convolution in it, at the sizes seen while compiling."""
         return fused.problem_of(*self._arguments(_stand_ins(self.tensors)))
 
-    def insert(self, graph: Graph, results: Sequence[Tensor]) -> tuple[Node, tuple[Node, ...]]:
-        """Add the call to the graph; returns its node and one for each output. `results` are the fake tensors that these are."""
-        arguments = self._arguments({node: node for node in self.tensors})
-        if len(results) == 1:
-            call = graph.call_function(FUSED[0], arguments)
-            call.meta["val"] = results[0]
-            return call, (call,)
-        call = graph.call_function(FUSED[1], arguments)
-        call.meta["val"] = list(results)
-        outputs = []
+    @staticmethod
+    def outputs(node: Node) -> tuple[Node, ...]:
+        """The nodes that hold what a call computes, in the order of the program's outputs."""
+        if node.target is not FUSED[1]:
+            return (node,)
+        return tuple(sorted(node.users, key=lambda output: output.args[1]))
+
+    def put(self, graph: Graph, node: Node, outputs: Sequence[Node]) -> tuple[Node, tuple[Node, ...]]:
+        """Add the call to the graph where `node` and all that it reads are there, and let it compute `outputs` instead.
+
+        Returns its node, and the nodes that hold what it computes.
+        """
+        results = [_as_stored(value(old), output) for old, output in zip(outputs, self.program.outputs, strict=True)]
+        arguments = self._arguments({tensor: tensor for tensor in self.tensors})
+        with graph.inserting_after(max(node, *self.tensors)):
+            call = graph.call_function(FUSED[len(results) - 1], arguments)
+        call.meta = {**node.meta, "val": results[0] if len(results) == 1 else results}
+        new = (call,) if len(results) == 1 else self._getitems(graph, call, results)
+        for old, output in zip(outputs, new, strict=True):
+            output.meta = {**old.meta, "val": value(output)}
+            old.replace_all_uses_with(output)
+        return call, new
+
+    @staticmethod
+    def _getitems(graph: Graph, call: Node, results: Sequence[Tensor]) -> tuple[Node, ...]:
+        nodes = []
         # each goes right behind the call, so before the one that was put there
-        for i in (1, 0):
+        for i in reversed(range(len(results))):
             with graph.inserting_after(call):
-                outputs.append(graph.call_function(operator.getitem, (call, i)))
-            outputs[-1].meta["val"] = results[i]
-        return call, tuple(reversed(outputs))
+                nodes.append(graph.call_function(operator.getitem, (call, i)))
+            nodes[-1].meta["val"] = results[i]
+        return tuple(reversed(nodes))
 
     def with_program(self, program: Program, operands: Sequence[Node]) -> OperatorCall:
         return replace(self, program=program, operands=tuple(operands))
@@ -121,12 +146,21 @@ class OperatorCall:
 
 def _stand_ins(nodes: Sequence[Node]) -> dict[Node, Tensor]:
     """Tensors without data, of the sizes seen while compiling, in place of the values of nodes."""
-    with FakeTensorMode():
-        return {node: _stand_in(value(node)) for node in dict.fromkeys(nodes)}
+    tensors = {node: value(node) for node in nodes}
+    return {
+        node: _stand_in(tuple(map(hint, t.shape)), tuple(map(hint, t.stride())), hint(t.storage_offset()), t.dtype, t.device)
+        for node, t in tensors.items()
+    }
 
 
-def _stand_in(tensor: Tensor) -> Tensor:
-    sizes, strides = [hint(s) for s in tensor.shape], [hint(s) for s in tensor.stride()]
-    offset = hint(tensor.storage_offset())
+@lru_cache(maxsize=1024)
+def _stand_in(sizes: tuple[int, ...], strides: tuple[int, ...], offset: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     extent = 1 + sum(max(size - 1, 0) * stride for size, stride in zip(sizes, strides, strict=True))
-    return torch.empty(offset + extent, dtype=tensor.dtype, device=tensor.device).as_strided(sizes, strides, offset)
+    with FakeTensorMode():
+        return torch.empty(offset + extent, dtype=dtype, device=device).as_strided(sizes, strides, offset)
+
+
+def _as_stored(tensor: Tensor, output: Output) -> Tensor:
+    """A fake tensor like one of the graph, with the strides of an output."""
+    strides = output.strides(*tensor.shape[1:])
+    return tensor if has_strides(tensor, strides) else tensor.new_empty_strided(tensor.shape, strides)

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
 
-from torch_conv_triton.epilogue import Output
 from torch_conv_triton.graph.call import CONVOLUTIONS, OperatorCall
-from torch_conv_triton.graph.convolution import aten, has_strides, value
+from torch_conv_triton.graph.convolution import aten
 from torch_conv_triton.graph.epilogue import Epilogue, grow_epilogue
 from torch_conv_triton.graph.padding import fold_crop, fold_padding
 from torch_conv_triton.graph.report import ConvRecord
@@ -76,24 +74,9 @@ def _with_epilogue(bare: Fold, epilogue: Epilogue | None) -> Fold | None:
 
 def _put(graph: Graph, fold: Fold) -> Node:
     """Put the call in the place of the nodes that it replaces; returns its node."""
-    results = [_as_stored(value(node), output) for node, output in zip(fold.outputs, fold.call.program.outputs, strict=True)]
-    with graph.inserting_after(max(fold.replaced[0], *fold.call.tensors)):
-        call, outputs = fold.call.insert(graph, results)
-    call.meta = {**fold.replaced[0].meta, **call.meta}
-    for old, new in zip(fold.outputs, outputs, strict=True):
-        new.meta = {**old.meta, "val": value(new)}
-        old.replace_all_uses_with(new)
+    call, _ = fold.call.put(graph, fold.replaced[0], fold.outputs)
     erase_unused(graph, fold.replaced)
     return call
-
-
-def _as_stored(tensor: Tensor, output: Output) -> Tensor:
-    """A fake tensor like one of the graph, with the strides of an output."""
-    strides = output.strides(*tensor.shape[1:])
-    if has_strides(tensor, strides):
-        return tensor
-    # a view of the whole output becomes a tensor of its own
-    return tensor.new_empty_strided(tensor.shape, strides)
 
 
 def erase_unused(graph: Graph, nodes: Sequence[Node]) -> None:

@@ -21,6 +21,7 @@ from torch_conv_triton import dispatch
 from torch_conv_triton.graph.backward import split_backward
 from torch_conv_triton.graph.convolution import static_problems
 from torch_conv_triton.graph.fold import fold
+from torch_conv_triton.graph.layout import choose_layouts
 from torch_conv_triton.graph.report import ConvRecord, Recorder
 from torch_conv_triton.graph.rewrite import rewrite_convolutions
 from torch_conv_triton.problem import current_precision
@@ -35,12 +36,14 @@ class PassOptions:
     """Options of the pass, given to `torch.compile` as ``options={"triton_conv.<name>": value}``.
 
     `gradients`: also rewrite the backward; False leaves `aten.convolution_backward` to Inductor. `fold`: compute what surrounds a
-    convolution (padding, pointwise operators after it) in its kernel. `tune`: time ways to run the
-    forward convolutions whose sizes are fixed, while compiling; by default as Inductor's ``max_autotune``.
+    convolution (padding, pointwise operators after it) in its kernel. `layout`: let convolutions store their output the way the
+    next ones read it best. `tune`: time ways to run the forward convolutions whose sizes are fixed, while compiling; by default
+    as Inductor's ``max_autotune``.
     """
 
     gradients: bool = True
     fold: bool = True
+    layout: bool = True
     tune: bool = False
 
     @classmethod
@@ -85,6 +88,8 @@ class ConvolutionPass(CustomGraphPass):
         records = rewrite_convolutions(graph, module_names)
         if self.options.fold:
             fold(graph, records)
+        if self.options.layout:
+            choose_layouts(graph, records)
         yield from (records[node] for node in graph.nodes if node in records)
         if self.options.gradients:
             yield from split_backward(graph, module_names)
