@@ -115,6 +115,13 @@ def test_a_negative_pad_cuts():
     assert "[2, 0], 1, 1, False, zeros" in after(lambda x: F.pad(F.conv1d(x, W, padding=2), (0, -2)), X)
 
 
+def test_what_is_cut_and_its_activation_are_both_stored():
+    graph = after(
+        lambda x: (y := F.conv1d(x, W)[..., 1:]).sum(2) @ W[:, 0, :2] + F.conv1d(F.elu(y), W.repeat(1, 2, 1)[:, :6]).sum(), X
+    )
+    assert "[-1, 0], 1, 1, False, zeros, gt %0 0.0; expm1 %0; where %1 %0 %2; tf32 %3; out %0 fp32 NCL; out %4 fp32 NCL" in graph
+
+
 NOT_CROPS = {
     "another user": lambda x: (y := F.conv1d(x, W))[..., 1:].sum() + y.sum(),
     "steps": lambda x: -F.conv1d(x, W)[..., ::2],

@@ -109,7 +109,7 @@ class _Growth:
             outputs = self._outputs(self.nodes[:end])
             if outputs is not None:
                 instructions, operands = self._lengths[end - 1]
-                stored = tuple(Output(self.values[n], value(n).dtype, layout_of_result(value(n))) for n in outputs)
+                stored = tuple(Output(self.values[n], value(n).dtype, self._layout(n)) for n in outputs)
                 program = Program(self._builder.program().instructions[:instructions], stored)
                 return Epilogue(program, tuple(self._operands)[:operands], tuple(self.nodes[1:end]), tuple(outputs))
         return None
@@ -125,7 +125,11 @@ class _Growth:
     def _may_be_output(self, node: Node) -> bool:
         tensor = value(node)
         narrow = tensor.dtype in FLOATS and tensor.dtype.itemsize <= self._result.dtype.itemsize
-        return narrow and isinstance(self.values[node], Value) and layout_of_result(tensor) is not None
+        return narrow and isinstance(self.values[node], Value) and self._layout(node) is not None
+
+    def _layout(self, node: Node) -> str | None:
+        # a crop is the only view there is, and it becomes a tensor of its own
+        return layout_of_result(value(node)) or ("NCL" if node is self.nodes[0] else None)
 
     def _write(self, node: Node, depth: int) -> Argument:
         def argument(tensor: Node) -> Argument:
