@@ -37,6 +37,13 @@ FAMILIES = {
         "NCL",
         Config(64, 64, 32, tap_major=True, copy_to_nlc=True),
     ),
+    "dense_few_outputs": (Case("few_outputs", 2, 9, 61, 3, 7, padding=3), "NCL", None),
+    "dense_runs": (Case("runs", 2, 32, 61, 24, 20, padding=9, groups=2), "NCL", None),
+    "dense_runs_over_samples": (
+        Case("runs", 3, 16, 21, 24, 12, padding=5),
+        "NLC",
+        Config(32, 64, 16, tap_major=True, merge_taps=True, run=4),
+    ),
     "dense_persistent": (
         Case("dense", 2, 16, 150, 16, 3, padding=1),
         "NCL",

@@ -15,7 +15,15 @@ from torch_conv_triton.tuning import tables
 
 # bytes a thread: a few registers parked outside the inner loop cost nothing
 SPILL_LIMIT = 128
-ON_CUDA_CORES = ("depthwise", "depthwise_sliding", "depthwise_vector", "weight_grad_depthwise")
+ON_CUDA_CORES = (
+    "dense_few_inputs",
+    "dense_few_outputs",
+    "depthwise",
+    "depthwise_skewed",
+    "depthwise_sliding",
+    "depthwise_vector",
+    "weight_grad_depthwise",
+)
 
 
 def compiled(what: str) -> dict:

@@ -47,17 +47,22 @@ ENCODER = problem((16, 512, 31999), 512, 3, stride=2, dtype=FP16, bias=False)
 CHOICES = {
     "seed": (SEED, "dense"),
     "seed in bf16, NLC": (replace(SEED, dtype=BF16, precision="ieee", x_strides=(64 * 224280, 1, 64)), "dense_persistent"),
-    "positional": (POSITIONAL, "dense"),
+    "positional": (POSITIONAL, "dense_runs"),
+    "few channels, many taps": (problem((128, 32, 1000), 32, 39, padding=19, bias=False), "dense_runs"),
+    "last layer of a vocoder": (problem((8, 32, 220160), 1, 7, padding=3), "dense_few_outputs"),
+    "first layer of a codec": (problem((12, 1, 16758), 64, 7, padding=3), "dense_few_inputs"),
+    "raw audio, odd rows of y": (problem((16, 1, 160000), 512, 10, stride=5, dtype=FP16), "dense_skewed"),
+    "filter bank": (problem((32, 1, 321024), 513, 1024, stride=320, bias=False), "dense_frames"),
     "strided encoder": (ENCODER, "dense_tma"),
     "32 channels in bf16, NLC": (problem((16, 32, 131072), 32, 7, padding=9, dilation=3, dtype=BF16, layout="NLC"), "dense_tma"),
     "vocoder in NLC": (problem((8, 32, 153600), 32, 3, padding=1, layout="NLC"), "dense_persistent"),
     "depthwise, odd rows of y": (
         problem((8, 5120, 2048), 5120, 4, padding=3, groups=5120, dtype=BF16, layout="NLC"),
-        "depthwise",
+        "depthwise_skewed",
     ),
     "depthwise in NLC": (
         problem((8, 2048, 2048), 2048, 3, padding=2, groups=2048, dtype=BF16, layout="NLC"),
-        "depthwise_sliding",
+        "depthwise_skewed",
     ),
     "depthwise, rows of any length": (problem((8, 5120, 2051), 5120, 4, groups=5120, dtype=BF16), "depthwise_toeplitz"),
     "depthwise, few taps": (problem((8, 5120, 2048), 5120, 9, padding=4, groups=5120, dtype=BF16), "depthwise_vector"),
@@ -106,14 +111,14 @@ def test_a_plan_depends_on_the_device():
 
 
 def test_beyond_two_to_the_31_elements_a_faster_aten_is_no_reason():
-    small = problem((1, 4, 2**20), 4, 1, bias=False)
-    huge = problem((1, 4, 2**29 + 4100), 4, 1, bias=False)
+    small = problem((1, 4, 2**20), 8, 1, bias=False)
+    huge = problem((1, 4, 2**29 + 4100), 8, 1, bias=False)
     assert dispatch.plan(small, H200).is_aten
     assert dispatch.plan(huge, H200).kernel == "dense"
 
 
 def test_the_interpreter_runs_kernels_however_small_the_problem():
-    assert dispatch.plan(problem((1, 4, 9), 4, 3), INTERPRETER).kernel == "dense"
+    assert dispatch.plan(problem((1, 8, 9), 8, 3), INTERPRETER).kernel == "dense"
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,83 @@ def test_the_table_reaches_every_kernel_that_its_names_promise(case):
         assert ("depthwise_toeplitz" in kernels) == (depthwise and whole)
 
 
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("tiny_C_out", "dense_few_outputs"),
+        ("tiny_both", "dense_few_outputs"),
+        ("tiny_both", "dense_few_inputs"),
+        ("tiny_C_in_rows_off_vectors", "dense_few_inputs"),
+        ("tiny_C_in_rows_off_vectors", "dense_skewed"),
+        ("K_long", "dense_runs"),
+        ("grouped_K_long", "dense_runs"),
+        ("filterbank", "dense_frames"),
+    ],
+)
+def test_thin_convolutions_reach_their_kernels(name, kernel):
+    (case,) = named(name)
+    assert kernel in {
+        p.kernel for p in dispatch.candidates(case.problem(*make_inputs(case, torch.float32)), dispatch.INTERPRETER)
+    }
+
+
+@pytest.mark.parametrize("channels_side_by_side", [1, 4, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [64, 45])
+def test_sums_over_channels_in_registers(length, dtype, channels_side_by_side):
+    case = Case("few_outputs", 2, 19, length, 3, 5, padding=4, dilation=2)
+    plan = dispatch.Plan("dense_few_outputs", Config(32, 1, channels_side_by_side, num_stages=1), "")
+    problem = case.problem(*make_inputs(case, dtype))
+    assert dispatch.plan_refusal(plan, problem, dispatch.INTERPRETER) is None
+    check_case(case, lambda x, w, b: execute.forward_with(plan, problem, x, w, b), dtype)
+
+
+@pytest.mark.parametrize("length", [61, 63, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "layout", "config"),
+    [
+        ("dense_few_inputs", "NCL", Config(32, 16, num_stages=1)),
+        ("dense_skewed", "NCL", Config(32, 64, 16, weights_left=True)),
+        ("depthwise_skewed", "NLC", Config(32, 16, run=2, steps=2)),
+        ("depthwise_skewed", "NLC", Config(32, 16, run=4)),
+    ],
+    ids=str,
+)
+def test_vectors_are_cut_where_rows_start(name, layout, config, dtype, length):
+    depthwise = Case("rows_off_vectors", 2, 24, length, 24, 4, padding=3, groups=24)
+    case = depthwise if name.startswith("depthwise") else Case("rows_off_vectors", 2, 1, length, 72, 4, padding=3)
+    plan = dispatch.Plan(name, config, "")
+    problem = case.problem(*make_inputs(case, dtype, layout))
+    # of 64 outputs, not of 66 or 67
+    aligned = case.output_shape[2] % (16 // dtype.itemsize) == 0
+    assert (dispatch.plan_refusal(plan, problem, dispatch.INTERPRETER) is None) == (name != "dense_skewed" or not aligned)
+    check_case(case, lambda x, w, b: execute.forward_with(plan, problem, x, w, b), dtype, layout)
+
+
+@pytest.mark.parametrize("run", [2, 4, 8])
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*named("K_long", "grouped_K_long"), Case("short", 5, 16, 23, 20, 16, padding=9)], ids=str)
+def test_runs_of_outputs_are_columns(case, dtype, copied, run):
+    plan = dispatch.Plan(
+        "dense_runs", Config(32, 16 * max(run, 4), 16, tap_major=True, merge_taps=True, copy_to_nlc=copied, run=run), ""
+    )
+    problem = case.problem(*make_inputs(case, dtype))
+    assert dispatch.plan_refusal(plan, problem, dispatch.INTERPRETER) is None
+    check_case(case, lambda x, w, b: execute.forward_with(plan, problem, x, w, b), dtype)
+
+
+@pytest.mark.parametrize("channels", [32, 40, 64, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_channels_beyond_whole_tiles_get_a_narrow_one(dtype, channels):
+    case = Case("filterbank", 2, 1, 500, channels, 32, stride=8, padding=5)
+    plan = dispatch.Plan("dense_frames", Config(64, 32, 32, tap_major=True), "")
+    problem = case.problem(*make_inputs(case, dtype))
+    assert dispatch.plan_refusal(plan, problem, dispatch.INTERPRETER) is None
+    check_case(case, lambda x, w, b: execute.forward_with(plan, problem, x, w, b), dtype)
+
+
 @pytest.mark.parametrize("case", named("dense", "grouped", "transposed", "depthwise"), ids=str)
 def test_full_float32_where_the_switch_asks_for_it(case):
     with float32_precision("ieee"):
@@ -174,7 +251,7 @@ def nearest_tf32(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "case",
     named("dense", "depthwise", "depthwise_aligned", "depthwise_middle", "depthwise_far_apart", "transposed_depthwise")
-    + named("transposed", "transposed_output_padding", "strided"),
+    + named("transposed", "transposed_output_padding", "strided", "K_long", "grouped_K_long", "tiny_C_out"),
     ids=str,
 )
 def test_non_finite_values_spread_as_in_aten(case, dtype, value):

@@ -19,7 +19,8 @@ from torch_conv_triton.configs import (
     stays_resident,
     tma_config,
 )
-from torch_conv_triton.configs_depthwise import depthwise_choices, toeplitz_refusal
+from torch_conv_triton.configs_depthwise import depthwise_choices, skewed_refusal, toeplitz_refusal
+from torch_conv_triton.configs_thin import THIN, thin_choices, thin_refusal
 from torch_conv_triton.configs_transposed import (
     WIDEST,
     copies_transposed,
@@ -38,7 +39,9 @@ ATEN = ("aten", "aten_nhwc")
 # kernels that end with a program of instructions
 FUSING = (
     "dense",
+    "dense_few_outputs",
     "dense_persistent",
+    "dense_runs",
     "dense_tma",
     "transposed",
     "transposed_interleaved",
@@ -210,8 +213,12 @@ def plan_refusal(plan: Plan, problem: Conv1dProblem, device: Device) -> str | No
         return transposed_tma_refusal(problem, weave, device, config) or config_refusal(config, problem, device)
     if plan.kernel == "dense_persistent" and not stays_resident(config, plain, device):
         return "the weights do not stay in shared memory"
+    if plan.kernel in THIN:
+        return thin_refusal(plan.kernel, config, plain, device)
     if plan.kernel == "depthwise_toeplitz":
         return toeplitz_refusal(problem, config)
+    if plan.kernel == "depthwise_skewed":
+        return skewed_refusal(problem, config)
     return None if plan.kernel.startswith("depthwise") else config_refusal(config, plain, device)
 
 
@@ -267,6 +274,8 @@ def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
         wins = problem.layout == "NLC" and (config.BLOCK_N <= 32) == (problem.dtype.itemsize == 4) and not problem.rounded
         plan = Plan("dense_persistent", config, "the weights stay in shared memory while a program walks over tiles")
         ranked.append((3 if wins else 0, plan))
+    for wins, *choice in thin_choices(problem, device):
+        ranked.append((4 if wins else 0, Plan(*choice)))
     return [plan for _, plan in sorted(ranked, key=lambda pair: pair[0])]
 
 

@@ -122,6 +122,10 @@ def launch_kernel(
         from torch_conv_triton.kernels.depthwise_toeplitz import conv1d_depthwise_toeplitz
 
         conv1d_depthwise_toeplitz(x, weight, bias, y, p.stride, p.padding, p.dilation, p.transposed, tf32, config)
+    elif plan.kernel == "depthwise_skewed":
+        from torch_conv_triton.kernels.depthwise_skewed import conv1d_depthwise_skewed
+
+        conv1d_depthwise_skewed(x, weight, bias, y, p.padding, config)
     elif plan.kernel == "depthwise_sliding":
         from torch_conv_triton.kernels.depthwise_sliding import conv1d_depthwise_sliding
 
@@ -147,6 +151,26 @@ def launch_kernel(
 
         programs = dispatch.device_for(x.device).sm_count * config.programs_per_sm
         conv1d_dense_persistent(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, programs, config, fusion)
+    elif plan.kernel == "dense_few_inputs":
+        from torch_conv_triton.kernels.dense_few_inputs import conv1d_dense_few_inputs
+
+        conv1d_dense_few_inputs(x, weight, bias, y, padding, p.dilation, config)
+    elif plan.kernel == "dense_few_outputs":
+        from torch_conv_triton.kernels.dense_few_outputs import conv1d_dense_few_outputs
+
+        conv1d_dense_few_outputs(x, weight, bias, y, padding, p.dilation, config, fusion)
+    elif plan.kernel == "dense_frames":
+        from torch_conv_triton.kernels.dense_frames import conv1d_dense_frames
+
+        conv1d_dense_frames(x, weight, bias, y, p.stride, padding, tf32, config)
+    elif plan.kernel == "dense_runs":
+        from torch_conv_triton.kernels.dense_runs import conv1d_dense_runs
+
+        conv1d_dense_runs(x, weight, bias, y, padding, p.groups, tf32, config, fusion)
+    elif plan.kernel == "dense_skewed":
+        from torch_conv_triton.kernels.dense_skewed import conv1d_dense_skewed
+
+        conv1d_dense_skewed(x, weight, bias, y, p.stride, padding, p.dilation, tf32, config)
     elif plan.kernel == "dense_tma":
         from torch_conv_triton.kernels.dense_tma import conv1d_dense_tma
 

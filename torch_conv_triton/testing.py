@@ -100,6 +100,8 @@ CASES = (
     Case("dilated_strided", 2, 16, 50, 16, 3, stride=3, padding=2, dilation=4),
     Case("gcd_stride_dilation", 2, 8, 50, 8, 3, stride=4, padding=5, dilation=6),
     Case("tiny_C_in", 2, 1, 70, 24, 10, stride=5, bias=False),
+    Case("tiny_C_in_rows_off_vectors", 2, 2, 45, 48, 4, padding=2),
+    Case("filterbank", 2, 1, 300, 40, 64, stride=16, padding=20, bias=False),
     Case("tiny_C_out", 2, 24, 40, 1, 7, padding=3),
     Case("tiny_both", 2, 2, 40, 3, 7, padding=3),
     Case("grouped", 2, 32, 33, 48, 3, padding=1, groups=2),

@@ -6,6 +6,7 @@ Figures in comments are ms, ours against [aten's], of layers of the models of th
 from __future__ import annotations
 
 from torch_conv_triton.configs import copies_to_nlc
+from torch_conv_triton.configs_thin import few_outputs_refusal
 from torch_conv_triton.problem import Conv1dProblem
 
 # a problem below both takes a GPU less time than a launch takes the host
@@ -65,6 +66,9 @@ def _pointwise(problem: Conv1dProblem) -> str | None:
 
 
 def _dense_32bit(problem: Conv1dProblem) -> str | None:
+    if problem.C_out <= 4 and not few_outputs_refusal(problem):
+        # 1024 -> 1 K3 of 32 x 128 0.019 [0.048]
+        return None
     reduction = problem.C_in * problem.K
     tiles = problem.N * problem.L_out * problem.C_out // TILE
     # 512 -> 128 K7 of 8 x 756 0.098 [0.059]; small ones are ours, in us: 1x512x256 K3 18.5 [23.1 without bias], 1x128x4096 K7

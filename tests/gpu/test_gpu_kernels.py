@@ -37,6 +37,12 @@ LARGE = (
     Case("upsampled_taps_left_over", 2, 512, 300, 128, 11, stride=5, padding=3, transposed=True),
     Case("transposed_stride_1", 2, 256, 1500, 256, 5, padding=1, dilation=2, transposed=True),
     Case("short", 256, 512, 8, 512, 5, padding=2),
+    Case("last_layer", 2, 32, 30002, 1, 7, padding=3),
+    Case("first_layer", 3, 1, 9001, 48, 7, padding=3),
+    Case("raw_audio_odd_rows", 2, 1, 20001, 512, 10, stride=5),
+    Case("filterbank_one_channel_over", 2, 1, 40000, 129, 256, stride=80, padding=128),
+    Case("many_taps", 4, 64, 700, 64, 40, padding=20, groups=2),
+    Case("depthwise_odd_rows", 2, 264, 1000, 264, 4, padding=3, groups=264),
 )
 
 

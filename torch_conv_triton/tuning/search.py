@@ -205,6 +205,20 @@ def _depthwise_sliding(problem: Conv1dProblem, device: Device, start: Config, ac
     )
 
 
+def _depthwise_skewed(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
+    vector = 16 // problem.dtype.itemsize
+    yield from nearest(
+        start,
+        8,
+        lambda config: 32 * config.num_warps * vector * config.run == config.BLOCK_M * config.BLOCK_N and accepted(config),
+        BLOCK_M=(32, 64, 128, 256),
+        BLOCK_N=(16, 32, 64, 128),
+        num_warps=(1, 2, 4, 8),
+        run=(start.run // 2, start.run),
+        steps=(1, 2),
+    )
+
+
 def _depthwise_toeplitz(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
     # a run of 0 is the loop over products that are too many to be written out
     yield from nearest(
@@ -220,6 +234,68 @@ def _depthwise_toeplitz(problem: Conv1dProblem, device: Device, start: Config, a
     )
 
 
+def _few_outputs(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
+    vector = 16 // problem.dtype.itemsize
+    yield from nearest(
+        start,
+        10,
+        lambda config: config.BLOCK_M * config.BLOCK_K // (32 * config.num_warps * vector) in (1, 2) and accepted(config),
+        BLOCK_M=(32, 64, 128, 256, 512, 1024, 2048),
+        BLOCK_K=[size for size in (1, 2, 4, 8, 16, 32, 64) if size <= ceil_pow2(problem.C_in)],
+        num_warps=(2, 4, 8),
+    )
+
+
+def _few_inputs(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
+    vector = 16 // problem.dtype.itemsize
+    yield from nearest(
+        start,
+        8,
+        lambda config: config.BLOCK_M // (32 * config.num_warps * vector) in (1, 2) and accepted(config),
+        BLOCK_M=(128, 256, 512, 1024, 2048, 4096),
+        BLOCK_N=(8, 16, 32, 64),
+        num_warps=(2, 4, 8),
+    )
+
+
+def _runs_of_outputs(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
+    yield from nearest(
+        start,
+        10,
+        partial(_product_tile, accepted),
+        BLOCK_M=(64, 128, 256),
+        BLOCK_N=(64, 128, 256),
+        BLOCK_K=(32, 64),
+        num_warps=(4, 8),
+        num_stages=(2, 3, 4),
+        run=(2, 4, 8),
+    )
+
+
+def _frames(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
+    yield from nearest(
+        start,
+        8,
+        partial(_product_tile, accepted),
+        BLOCK_M=(64, 128, 256),
+        BLOCK_N=_channel_blocks(problem, 256),
+        BLOCK_K=(32, 64),
+        num_warps=(4, 8),
+        num_stages=(2, 3, 4),
+    )
+
+
+def _skewed(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
+    yield from nearest(
+        start,
+        6,
+        partial(_product_tile, accepted),
+        BLOCK_M=(64, 128, 256),
+        BLOCK_N=(64, 128),
+        num_warps=(2, 4, 8),
+    )
+
+
 def _channel_blocks(problem: Conv1dProblem, most: int) -> Sequence[int]:
     """Powers of two that the output channels of a group fill, from a quarter of them on."""
     whole = max(16, ceil_pow2(problem.C_out_per_group))
@@ -230,11 +306,17 @@ _STEPS: dict[str, Callable[[Conv1dProblem, Device, Config, Callable[[Config], bo
     "dense": _dense,
     "dense_tma": _dense_tma,
     "dense_persistent": _dense_persistent,
+    "dense_few_inputs": _few_inputs,
+    "dense_few_outputs": _few_outputs,
+    "dense_frames": _frames,
+    "dense_runs": _runs_of_outputs,
+    "dense_skewed": _skewed,
     "transposed": _transposed,
     "transposed_interleaved": _interleaved,
     "transposed_tma": _transposed_tma,
     "depthwise": _depthwise,
     "depthwise_vector": _depthwise_vector,
+    "depthwise_skewed": _depthwise_skewed,
     "depthwise_sliding": _depthwise_sliding,
     "depthwise_toeplitz": _depthwise_toeplitz,
 }
