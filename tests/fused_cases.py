@@ -58,8 +58,13 @@ FAMILIES = {
     "transposed_tma": (Case("transposed", 3, 32, 9, 24, 4, stride=2, padding=1, transposed=True), "NCL", None),
     "depthwise": (Case("depthwise", 2, 9, 45, 18, 5, stride=2, padding=2, groups=9), "NCL", None),
     "depthwise_transposed": (Case("depthwise", 2, 9, 25, 9, 4, stride=2, padding=1, groups=9, transposed=True), "NCL", None),
+    "depthwise_vector": (Case("depthwise", 2, 6, 64, 6, 5, padding=2, groups=6), "NCL", None),
+    "depthwise_toeplitz": (Case("depthwise", 2, 6, 211, 6, 31, padding=15, groups=6), "NCL", None),
+    "depthwise_toeplitz_aligned": (Case("depthwise", 2, 6, 96, 12, 11, padding=5, groups=6), "NCL", None),
     "depthwise_sliding": (Case("depthwise", 2, 24, 61, 24, 4, padding=3, groups=24), "NLC", None),
 }
+# kernels whose first output has contiguous rows
+BY_ROWS = ("depthwise_vector", "depthwise_toeplitz")
 # a residual before the activation, a scale by channel and a shift after it
 PROGRAM = "add %0 a0; mul %1 0.1; gt %1 0.0; where %3 %1 %2; mul %4 a1; add %5 a2"
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_cases import CHAINS, FAMILIES, PROGRAM, call, family_plan, float64, kernel_of, nearest_tf32, operand
+from fused_cases import BY_ROWS, CHAINS, FAMILIES, PROGRAM, call, family_plan, float64, kernel_of, nearest_tf32, operand
 
 from torch_conv_triton import dispatch, fused
 from torch_conv_triton.epilogue import INSTRUCTIONS
@@ -62,6 +62,8 @@ def test_activations(chain, dtype):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_kernel_runs_programs(name, dtype, first, only):
     case, layout, _ = FAMILIES[name]
+    if kernel_of(name) in BY_ROWS:
+        first = "NCL"
     second = "NLC" if first == "NCL" else "NCL"
     x, weight, bias = make_inputs(case, dtype, layout)
     if name == "dense_tma" and dtype == torch.float32:
@@ -126,7 +128,8 @@ def test_non_finite_values_spread_as_in_torch(value):
     assert_within_budget(y, expected, "tf32")
 
 
-PADDED = [name for name in FAMILIES if name not in ("dense_over_samples", "transposed_interleaved_row_by_row")]
+# rows that end on 16 bytes have a test of their own
+PADDED = [name for name in FAMILIES if name not in ("transposed_interleaved_row_by_row", "depthwise_vector")]
 
 
 @pytest.mark.parametrize("change", [3, -3, 1])
@@ -159,6 +162,16 @@ def test_the_start_may_be_cut_off(name, start, only):
     only(family_plan(name, problem))
     (y,) = call(x, weight, bias, case, end=0)
     assert_within_budget(y, float64(F.pad(x, (start, 0)), weight, bias, case, padding=0))
+
+
+@pytest.mark.parametrize("start, end", [(4, 0), (8, -4), (-4, 8), (-8, 4)])
+def test_aligned_rows_are_padded_at_either_end(start, end, only):
+    case, layout, _ = FAMILIES["depthwise_vector"]
+    case = replace(case, padding=start)
+    x, weight, bias = make_inputs(case, torch.bfloat16, layout)
+    only(family_plan("depthwise_vector", fused.problem_of(x, weight, bias, 1, [start, end], 1, 6, False, "zeros", "", [], False)))
+    (y,) = call(x, weight, bias, case, end=end)
+    assert_within_budget(y, float64(F.pad(x, (start, end)), weight, bias, case, padding=0))
 
 
 @pytest.mark.parametrize("mode, start, end", [("reflect", 6, 3), ("replicate", 9, 50), ("circular", 7, 5)])

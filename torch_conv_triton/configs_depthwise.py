@@ -48,7 +48,8 @@ def vector_refusal(problem: Conv1dProblem) -> str | None:
         return "samples and outputs lie differently far apart"
     vector = 16 // problem.dtype.itemsize
     sizes = (*problem.x_strides[:2], *problem.y_strides[:2], problem.L_in, problem.L_out)
-    if problem.x_strides[2] != 1 or not problem.aligned or any(size % vector for size in sizes):
+    rows = problem.x_strides[2] == problem.y_strides[2] == 1
+    if not rows or not problem.aligned or any(size % vector for size in sizes):
         return "rows do not begin and end on 16 bytes"
     if problem.K > 9 or (problem.K - 1) * problem.dilation > 2 * vector:
         return "the taps of an output do not fit the registers"
@@ -110,6 +111,8 @@ def skewed_config(problem: Conv1dProblem) -> Config:
 
 def toeplitz_refusal(problem: Conv1dProblem, config: Config | None = None) -> str | None:
     """Why a banded matrix product does not compute the problem (with this config), or None."""
+    if problem.y_strides[2] != 1:
+        return "the output is not stored by rows"
     if problem.transposed and (problem.stride & (problem.stride - 1) or problem.stride > 16):
         return "blocks of outputs are not whole steps of the stride"
     if config is None or config.run == 0:

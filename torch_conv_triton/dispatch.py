@@ -48,6 +48,8 @@ FUSING = (
     "transposed_tma",
     "depthwise",
     "depthwise_sliding",
+    "depthwise_vector",
+    "depthwise_toeplitz",
 )
 # kernels that gather x, and so read it by any padding mode
 GATHERING = ("dense", "dense_persistent", "depthwise", "depthwise_sliding")

@@ -121,7 +121,7 @@ def launch_kernel(
     elif plan.kernel == "depthwise_toeplitz":
         from torch_conv_triton.kernels.depthwise_toeplitz import conv1d_depthwise_toeplitz
 
-        conv1d_depthwise_toeplitz(x, weight, bias, y, p.stride, p.padding, p.dilation, p.transposed, tf32, config)
+        conv1d_depthwise_toeplitz(x, weight, bias, y, p.stride, p.padding, p.dilation, p.transposed, tf32, config, fusion)
     elif plan.kernel == "depthwise_skewed":
         from torch_conv_triton.kernels.depthwise_skewed import conv1d_depthwise_skewed
 
@@ -133,7 +133,7 @@ def launch_kernel(
     elif plan.kernel == "depthwise_vector":
         from torch_conv_triton.kernels.depthwise_vector import conv1d_depthwise_vector
 
-        conv1d_depthwise_vector(x, weight, bias, y, p.padding, p.dilation, config)
+        conv1d_depthwise_vector(x, weight, bias, y, p.padding, p.dilation, config, fusion)
     elif plan.kernel == "transposed":
         from torch_conv_triton.kernels.transposed import conv1d_transposed
 

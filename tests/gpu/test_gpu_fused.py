@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_cases import CHAINS, FAMILIES, PROGRAM, call, family_plan, float64, nearest_tf32, operand
+from fused_cases import BY_ROWS, CHAINS, FAMILIES, PROGRAM, call, family_plan, float64, kernel_of, nearest_tf32, operand
 
 from torch_conv_triton import dispatch, fused
 from torch_conv_triton.epilogue import INSTRUCTIONS
@@ -47,6 +47,8 @@ def run_program(case, dtype, layout, first, rounded):
 def test_every_kernel_runs_programs(name, dtype, first, fresh):
     case, layout, _ = FAMILIES[name]
     rounded = name == "dense_tma"
+    if kernel_of(name) in BY_ROWS:
+        first = "NCL"
 
     def plan(problem, device, beside):
         return family_plan(name, problem, device)

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, widen
+from torch_conv_triton.kernels.depthwise_rows import exact_blocks, load_blocks, store_blocks
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion
 from torch_conv_triton.kernels.launch import launch
 from torch_conv_triton.kernels.layout import channels_last_copy
 from torch_conv_triton.kernels.vectors import floor_multiple
@@ -73,85 +75,20 @@ def toeplitz_tile(
     return tl.load(w_ptr + tap * stride_wk, mask=mask, other=0.0)
 
 
-@triton.jit
-def inside(a, n):
-    """Whether 0 <= a < n, in one comparison."""
-    unsigned: tl.constexpr = tl.uint64 if a.dtype.primitive_bitwidth == 64 else tl.uint32
-    return a.to(unsigned, bitcast=True) < n.to(unsigned)
-
-
-@triton.jit
-def load_blocks(
-    x_row,
-    begin,  # [BLOCK_M] first sample of each block, counted from x_row
-    phase,  # where the row of x begins, counted from x_row
-    L_in,
-    VECTOR: tl.constexpr,
-    EDGES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The samples begin .. begin + BLOCK_K, zero outside the row: [BLOCK_M, BLOCK_K], loaded by whole vectors."""
-    j = tl.arange(0, BLOCK_K)
-    # one truth for all of a vector, so that it is loaded as one
-    vector = begin[:, None] + (j // VECTOR * VECTOR)[None, :]
-    at = begin[:, None] + j[None, :]
-    x = tl.load(x_row + at, mask=inside(vector, L_in + phase), other=0.0)
-    if EDGES:
-        x = tl.where(inside(at - phase, L_in), x, 0.0)
-    return x
-
-
-@triton.jit
-def store_blocks(
-    y_row,
-    y,  # [BLOCK_M, BLOCK_N]
-    begin,  # [BLOCK_M] first output of each block, counted from y_row
-    phase,  # where the row of y begins, counted from y_row
-    L_out,
-    VECTOR: tl.constexpr,
-    EDGES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Store the outputs that lie within the row, by whole vectors but at its edges."""
-    i = tl.arange(0, BLOCK_N)[None, :]
-    at = begin[:, None] + i
-    vector = begin[:, None] + i // VECTOR * VECTOR
-    tl.store(y_row + at, y, mask=(vector >= phase) & (vector + VECTOR <= L_out + phase))
-    if EDGES:
-        part = (vector < phase) | (vector + VECTOR > L_out + phase)
-        tl.store(y_row + at, y, mask=inside(at - phase, L_out) & part)
-
-
-@triton.jit
-def exact_blocks(
-    x_row,  # first sample of the row
-    w_ptr,
-    l_out,  # [BLOCK_M, BLOCK_N]
-    L_in,
-    padding,
-    stride_wk,
-    K: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    """The outputs l_out, tap by tap: a sample meets no output but those whose windows hold it."""
-    acc = tl.zeros(l_out.shape, dtype=tl.float32)
-    for k in range(K):
-        if TRANSPOSED:
-            reach = l_out + padding - k * DILATION
-            at = reach // STRIDE
-            mask = (reach >= 0) & (reach % STRIDE == 0) & (at < L_in)
-        else:
-            at = l_out * STRIDE - padding + k * DILATION
-            mask = (at >= 0) & (at < L_in)
-        x = tl.load(x_row + at, mask=mask, other=0.0)
-        acc += x.to(tl.float32) * tl.load(w_ptr + k * stride_wk).to(tl.float32)
-    return acc
-
-
 @triton.jit(
-    do_not_specialize=["N", "L_in", "L_out", "padding", "stride_xn", "stride_xc", "stride_yn", "stride_yc", "tiles", "programs"]
+    do_not_specialize=[
+        "N",
+        "C_OUT",
+        "L_in",
+        "L_out",
+        "padding",
+        "stride_xn",
+        "stride_xc",
+        "stride_yn",
+        "stride_yc",
+        "tiles",
+        "programs",
+    ]
 )
 def conv1d_depthwise_toeplitz_fwd_kernel(
     x_ptr,  # (N, C_in, L_in), L contiguous
@@ -159,6 +96,7 @@ def conv1d_depthwise_toeplitz_fwd_kernel(
     b_ptr,  # (C_out,), or unused
     y_ptr,  # (N, C_out, L_out), L contiguous
     N,
+    C_OUT,
     L_in,
     L_out,
     padding,
@@ -170,6 +108,8 @@ def conv1d_depthwise_toeplitz_fwd_kernel(
     stride_yc,
     tiles,  # of outputs, in a row
     programs,  # of a channel
+    more,  # as `store_outputs` takes it
+    more_strides,
     MULTIPLIER: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -186,6 +126,7 @@ def conv1d_depthwise_toeplitz_fwd_kernel(
     ROUND: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,  # runs in a tile
     BLOCK_N: tl.constexpr,  # outputs in a block
@@ -262,15 +203,45 @@ def conv1d_depthwise_toeplitz_fwd_kernel(
             finite += sums[r] * 0.0
         if tl.sum(finite) == 0.0:
             for r in tl.static_range(BLOCKS):
-                y = (sums[r] + bias).to(y_ptr.dtype.element_ty)
-                store_blocks(y_row, y, (block + r) * BLOCK_N, y_phase, L_out, Y_VECTOR, Y_EDGES, BLOCK_N)
+                store_blocks(
+                    y_row,
+                    sums[r] + bias,
+                    sample,
+                    o,
+                    (block + r) * BLOCK_N,
+                    y_phase,
+                    C_OUT,
+                    L_out,
+                    more,
+                    more_strides,
+                    EPILOGUE,
+                    Y_VECTOR,
+                    Y_EDGES,
+                    INT64,
+                    BLOCK_N,
+                )
         else:
             for b in range(BLOCKS):
                 to = (block + b) * BLOCK_N
                 l_out = to[:, None] + tl.arange(0, BLOCK_N)[None, :] - y_phase
                 exact = exact_blocks(x_row + x_phase, w_ptr, l_out, L_in, padding, stride_wk, K, STRIDE, DILATION, TRANSPOSED)
-                exact = (exact + bias).to(y_ptr.dtype.element_ty)
-                store_blocks(y_row, exact, to, y_phase, L_out, Y_VECTOR, Y_EDGES, BLOCK_N)
+                store_blocks(
+                    y_row,
+                    exact + bias,
+                    sample,
+                    o,
+                    to,
+                    y_phase,
+                    C_OUT,
+                    L_out,
+                    more,
+                    more_strides,
+                    EPILOGUE,
+                    Y_VECTOR,
+                    Y_EDGES,
+                    INT64,
+                    BLOCK_N,
+                )
 
 
 def conv1d_depthwise_toeplitz(
@@ -284,6 +255,7 @@ def conv1d_depthwise_toeplitz(
     transposed: bool,
     tf32: bool,
     config,
+    fusion: Fusion = NO_FUSION,
 ) -> None:
     """Write the depthwise convolution of x ``(N, C_in, L_in)`` into y ``(N, C_out, L_out)``; C_out is a multiple of C_in.
 
@@ -319,6 +291,7 @@ def conv1d_depthwise_toeplitz(
         bias if bias is not None else weight,
         y,
         N,
+        C_out,
         L_in,
         L_out,
         padding,
@@ -346,7 +319,8 @@ def conv1d_depthwise_toeplitz(
         ROUND=tf32,
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,
-        INT64=needs_int64(x, y),
+        **fusion.arguments(y),
+        INT64=needs_int64(x, y, *fusion.views(y)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,

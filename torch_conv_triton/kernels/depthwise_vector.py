@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import needs_int64, widen
+from torch_conv_triton.kernels.epilogue import NO_FUSION, PLAIN, Fusion, store_outputs
 from torch_conv_triton.kernels.launch import launch
 from torch_conv_triton.kernels.vectors import put_together, take_apart
 
@@ -31,6 +32,8 @@ def conv1d_depthwise_vector_fwd_kernel(
     stride_yn,
     stride_yc,
     tiles,  # in a row
+    more,  # as `store_outputs` takes it
+    more_strides,
     MULTIPLIER: tl.constexpr,
     K: tl.constexpr,
     DILATION: tl.constexpr,
@@ -39,6 +42,7 @@ def conv1d_depthwise_vector_fwd_kernel(
     NEIGHBOURS: tl.constexpr,  # vectors of x that they need
     VECTOR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -67,12 +71,42 @@ def conv1d_depthwise_vector_fwd_kernel(
         acc = tl.zeros((BLOCK_M // VECTOR, 1), dtype=tl.float32) + bias
         for k in tl.static_range(K):
             acc += window[SHIFT + e + k * DILATION].to(tl.float32) * weights[k]
-        outputs = outputs + (acc.to(y_ptr.dtype.element_ty),)
-    tl.store(y_row + (v[:, None] * VECTOR + element), put_together(outputs), mask=(v < y_vectors)[:, None])
+        outputs = outputs + (acc.to(y_ptr.dtype.element_ty) if EPILOGUE == PLAIN else acc,)
+    at = v[:, None] * VECTOR + element
+    mask = (v < y_vectors)[:, None]
+    if EPILOGUE == PLAIN:
+        tl.store(y_row + at, put_together(outputs), mask=mask)
+    else:
+        store_outputs(
+            put_together(outputs),
+            sample,
+            at,
+            mask,
+            0,
+            o,
+            o < C_OUT,
+            b_ptr,
+            y_row,
+            0,
+            0,
+            1,
+            more,
+            more_strides,
+            EPILOGUE,
+            False,
+            INT64,
+        )
 
 
 def conv1d_depthwise_vector(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, padding: int, dilation: int, config
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    padding: int,
+    dilation: int,
+    config,
+    fusion: Fusion = NO_FUSION,
 ) -> None:
     """Write the depthwise convolution, of stride 1, of x ``(N, C_in, L_in)`` into y ``(N, C_out, L_out)``.
 
@@ -110,7 +144,8 @@ def conv1d_depthwise_vector(
         NEIGHBOURS=(shift + vector - 1 + (K - 1) * dilation) // vector + 1,
         VECTOR=vector,
         HAS_BIAS=bias is not None,
-        INT64=needs_int64(x, y),
+        **fusion.arguments(y),
+        INT64=needs_int64(x, y, *fusion.views(y)),
         BLOCK_M=config.BLOCK_M,
         num_warps=config.num_warps,
     )
