@@ -12,8 +12,9 @@ from commands import command as run_command
 from commands import python
 from test_dispatch import BF16, CHOICES, FP16, RTX4090, problem
 
-from torch_conv_triton import cli, dispatch, execute, testing
+from torch_conv_triton import cli, dispatch, dispatch_gradients, execute, gradients, testing
 from torch_conv_triton.backend import HOOK, inductor_options
+from torch_conv_triton.bench.suite import case_from_shape
 from torch_conv_triton.bench.timing import Timing
 from torch_conv_triton.bench.worker import WorkerError
 from torch_conv_triton.configs import INTERPRETER, Config, Device
@@ -34,11 +35,15 @@ PROBLEMS = [chosen for chosen, _ in CHOICES.values()]
 def own_tables(tmp_path, monkeypatch):
     """Empty tables."""
     monkeypatch.setenv(tables.CACHE_VARIABLE, str(tmp_path / "cache"))
-    tables.forget()
-    execute.forget_plans()
+    forget()
     yield
+    forget()
+
+
+def forget():
     tables.forget()
     execute.forget_plans()
+    gradients.forget_plans()
 
 
 class FakeLaboratory:
@@ -478,3 +483,68 @@ def test_importing_the_tables_imports_neither_the_tuner_nor_triton():
     script = "import sys, torch_conv_triton.dispatch; print([m for m in sys.modules if m == 'triton' or 'tuning.t' in m])"
     done = python("-c", script)
     assert done.stdout == "['torch_conv_triton.tuning.tables']\n", done.stderr
+
+
+class TestGradients:
+    SHAPES = (
+        case_from_shape("2x16x40", "24x16x3", padding=1),
+        case_from_shape("2x16x41", "24x16x4", stride=2, dtype="bf16"),
+        case_from_shape("2x16x40", "16x1x5", padding=2, groups=16, dtype="fp16"),
+        case_from_shape("2x16x40", "3x16x3", layout="NLC"),
+    )
+    PROBLEMS = tuple(problem for case in SHAPES for problem in case.gradient_problems())
+
+    @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: f"{problem.kind} {problem.describe()}")
+    def test_proposals_are_right_and_the_rule_comes_first(self, problem):
+        plans = search.plans(problem, INTERPRETER)
+        assert plans[0] == dispatch_gradients.plan_by_rule(problem, INTERPRETER)
+        assert len({(plan.kernel, plan.config) for plan in plans}) == len(plans) <= 70
+        kernels = {plan.kernel for plan in plans}
+        assert {plan.kernel for plan in dispatch_gradients.candidates(problem, INTERPRETER)} <= kernels
+        assert ("aten" in kernels) and ("aten_nhwc" in kernels) == (problem.kind == "weight_grad")
+        for plan in [plan for plan in plans if plan.reason == "searched"][::12]:
+            assert dispatch_gradients.plan_refusal(plan, problem, INTERPRETER) is None
+            assert trial.check(problem, plan, CPU) is None, plan
+
+    def test_what_was_found_runs_from_then_on_and_only_for_that_gradient(self):
+        for_input, for_weight = self.PROBLEMS[:2]
+        path = tables.user_path(GPU.name)
+        wanted = {p: search.plans(p, GPU)[3] for p in (for_input, for_weight)}
+        fake = FakeLaboratory(time=lambda plan: 0.5 if plan in wanted.values() else 1.0)
+        outcomes = list(tune([("input", for_input), ("weight", for_weight)], GPU, path, fake))
+        assert [outcome.status for outcome in outcomes] == ["tuned", "tuned"]
+        assert [tables.key(p).partition(" ")[0] for p in (for_input, for_weight)] == ["input_grad", "weight_grad"]
+        for tried, plan in wanted.items():
+            planned = dispatch_gradients.plan_input_grad if tried is for_input else dispatch_gradients.plan_weight_grad
+            found = planned(tried, GPU)
+            assert (found.kernel, found.config, found.tuned) == (plan.kernel, plan.config, True)
+            assert found.reason == "tuned: 0.5 ms, aten 1"
+
+    def test_the_layout_of_the_gradient_counts_for_the_weight(self):
+        problem = self.PROBLEMS[1]
+        assert tables.key(replace(problem, y_strides=(problem.C_out * problem.L_out, 1, problem.C_out))) != tables.key(problem)
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"splits": 10**6}, "workspace"),
+            ({"BLOCK_C": 8}, "below 16"),
+            ({"BLOCK_O": 256, "BLOCK_C": 256}, "registers"),
+            ({"BLOCK_L": 2048}, "shared memory"),
+        ],
+    )
+    def test_what_a_kernel_cannot_have_is_refused(self, change, reason):
+        problem = self.PROBLEMS[1]
+        (plan,) = (p for p in dispatch_gradients.candidates(problem, GPU) if p.kernel == "weight_grad")
+        assert reason in dispatch_gradients.plan_refusal(replace(plan, config=replace(plan.config, **change)), problem, GPU)
+
+    def test_the_command_tunes_both_gradients(self, monkeypatch, capsys):
+        monkeypatch.setattr(command, "_gpu", lambda: CPU)
+        monkeypatch.setattr(dispatch, "device_for", lambda device: GPU)
+        monkeypatch.setattr(laboratory, "Workers", lambda device, jobs: FakeLaboratory())
+        assert cli.main(["tune", "--backward", "--shape", "3x16x40", "--weight", "24x16x3", "--jobs", "1"]) == 0
+        assert "2 of 2 tuned" in capsys.readouterr().out
+        assert {key.partition(" ")[0] for key in tables.read(tables.user_path(GPU.name))} == {"input_grad", "weight_grad"}
+        args = cli._parser().parse_args(["tune", "--backward", "--jobs", "1", "--model", "a:b"])
+        assert command.main(args, (None, (), {})) == 2
+        assert "--backward tunes the gradients of single convolutions" in capsys.readouterr().err

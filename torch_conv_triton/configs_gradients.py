@@ -198,7 +198,9 @@ def prefers_rows(problem: Conv1dProblem) -> bool:
     """Whether the products are worth copies into rows: 64 -> 64 K11 0.284 against 0.392, p06 (K 3) 0.493 against 0.33."""
     if problem.dtype != torch.float32 or problem.precision != "tf32" or problem.layout == "NLC":
         return False
-    return products_an_element(problem) >= 640 and problem.N * problem.L_out >= 12_000
+    # strided x is gathered sample by sample without them: 96 -> 192 K4 s2 0.672 against 0.997; p09 and p30 more so
+    least = 320 if problem.stride > 1 else 640
+    return products_an_element(problem) >= least and problem.N * problem.L_out >= 12_000
 
 
 def weight_grad_rows_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:
@@ -226,12 +228,46 @@ def weight_grad_rows_config(problem: Conv1dProblem, device: Device) -> WeightGra
     return with_splits(config, programs, per_sm, 4 * problem.C_out * columns, problem, device)
 
 
+def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: Conv1dProblem, device: Device) -> str | None:
+    """Why this kernel cannot compute the weight gradient with this config, or should not, or None."""
+    if config.exchanged and (problem.stride > 1 or kernel != "weight_grad"):
+        return "x and grad_output take each other's place at stride 1 only"
+    partial, most = problem.C_out * problem.C_in_per_group * problem.K, 128
+    if kernel == "weight_grad_banded":
+        partial = problem.C_out * (problem.K + config.BLOCK_C - 1) * config.BLOCK_C
+        window = ceil_pow2(problem.K + config.BLOCK_C - 1 + -problem.padding % config.BLOCK_C)
+        accumulators = config.BLOCK_O * config.BLOCK_C * window
+        if config.BLOCK_C < 16 or config.BLOCK_L % config.BLOCK_C or config.BLOCK_L // config.BLOCK_C < 16:
+            return "tensor cores take no tile below 16"
+    elif kernel == "weight_grad_depthwise":
+        accumulators, most = config.BLOCK_O * config.BLOCK_L * config.BLOCK_C, 64
+    else:
+        accumulators = config.BLOCK_O * config.BLOCK_C
+        if min(config.BLOCK_O, config.BLOCK_C, config.BLOCK_L) < 16:
+            return "tensor cores take no tile below 16"
+        if pipeline_bytes(config, problem.dtype.itemsize) > device.shared_memory - 4096:
+            return "it does not fit into the shared memory of a block"
+        if device.capability not in (90, 100) or (problem.dtype == torch.float32 and problem.precision == "ieee"):
+            # accumulators and operands share the registers
+            most = 64
+    if accumulators > most * 32 * config.num_warps:
+        return "it does not fit into the registers of a block"
+    if config.splits > 1 and config.splits * 4 * partial > workspace_bytes(problem):
+        return "the partial sums do not fit into the workspace"
+    if problem.N * problem.L_out > 4 * POSITIONS_PER_SPLIT * config.splits:
+        return "an accumulator would sum too many positions"
+    return None
+
+
 def depthwise_weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:
     """Tiles that are wide along the contiguous dimension of x, small, and many."""
     BLOCK_K = min(4, ceil_pow2(problem.K))
     if problem.layout == "NLC":
         # p20 128x4x8 0.148, 64x4x32 0.172; p29 128x4x4 0.040, 128x8x16 0.044
         config = WeightGradConfig(min(128, max(16, ceil_pow2(problem.C_out))), BLOCK_K, 8, num_stages=1)
+        if problem.dtype.itemsize == 4 and layout_of(problem.y_strides, problem.C_out, problem.L_out) == "NCL":
+            # p29 with grad_output in NCL 32x4x32 0.047, 128x4x8 0.054
+            config = replace(config, BLOCK_O=min(config.BLOCK_O, 32), BLOCK_L=32)
     elif problem.L_out < 16:
         # p24 0.0092
         config = WeightGradConfig(4, BLOCK_K, 32, num_warps=1, num_stages=1)

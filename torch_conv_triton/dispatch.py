@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import gcd
@@ -176,15 +177,20 @@ def plan(problem: Conv1dProblem, device: Device | None) -> Plan:
     return tuned_plan(problem, device) or plan_by_rule(problem, device)
 
 
-def tuned_plan(problem: Conv1dProblem, device: Device) -> Plan | None:
-    """The plan that a table has for problems like this one, or None where none can run this very one."""
+def tuned_plan(
+    problem: Conv1dProblem, device: Device, refuse: Callable[[Plan, Conv1dProblem, Device], str | None] | None = None
+) -> Plan | None:
+    """The plan that a table has for problems like this one, or None where it has none that runs this very one.
+
+    `refuse` says why a plan does not run a problem (default: `plan_refusal`).
+    """
     # tables know only float32 that has to be rounded
     entry = None if problem.rounded else tables.lookup(problem, device)
     if entry is None:
         return None
     beside = "" if entry.aten_ms is None else f", aten {entry.aten_ms:.3g}"
     found = Plan(entry.kernel, entry.config, f"tuned: {entry.ms:.3g} ms{beside}", tuned=True)
-    return None if plan_refusal(found, problem, device) else found
+    return None if (refuse or plan_refusal)(found, problem, device) else found
 
 
 def plan_by_rule(problem: Conv1dProblem, device: Device) -> Plan:

@@ -6,7 +6,9 @@ gradient of the weight has kernels of its own.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch_conv_triton.configs_gradients import (
     depthwise_weight_grad_config,
     prefers_rows,
     weight_grad_config,
+    weight_grad_config_refusal,
     weight_grad_rows_config,
 )
 from torch_conv_triton.dispatch import Plan, aten
@@ -32,12 +35,31 @@ from torch_conv_triton.problem import (
     output_length,
     starts_aligned,
 )
-from torch_conv_triton.versus_aten_gradients import SMALL_SUM_BYTES, input_grad_faster_in_aten, weight_grad_faster_in_aten
+from torch_conv_triton.versus_aten_gradients import (
+    CHANNELS_LAST,
+    SMALL_SUM_BYTES,
+    input_grad_faster_in_aten,
+    weight_grad_faster_in_aten,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class InputGradProblem(Conv1dProblem):
+    """The gradient of an input, described by the convolution of grad_output that it is."""
+
+    kind: ClassVar[str] = "input_grad"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGradProblem(Conv1dProblem):
+    """The gradient of a weight, described by the convolution that it is the gradient of, with grad_output in y's place."""
+
+    kind: ClassVar[str] = "weight_grad"
 
 
 def input_grad_problem(
     grad_output: Tensor, weight: Tensor, input_length: int, stride: int, padding: int, dilation: int, groups: int
-) -> Conv1dProblem:
+) -> InputGradProblem:
     """The convolution of grad_output ``(N, C_out, L_out)`` that is the gradient of the input ``(N, C_in, input_length)``.
 
     It is a transposed one, and what the forward left over at the end of the input is its output padding. A depthwise one at
@@ -52,7 +74,7 @@ def input_grad_problem(
         output_padding = input_length - output_length(L_out, K, stride, padding, dilation, True)
     else:
         w_strides, output_padding, padding = contiguous_strides(C_out // groups, K), 0, reach - padding
-    return Conv1dProblem(
+    return InputGradProblem(
         N=N,
         C_in=C_out,
         L_in=L_out,
@@ -76,11 +98,11 @@ def input_grad_problem(
 
 def weight_grad_problem(
     grad_output: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int, dilation: int, groups: int
-) -> Conv1dProblem:
+) -> WeightGradProblem:
     """The convolution of x ``(N, C_in, L_in)`` whose output has the gradient grad_output ``(N, C_out, L_out)``, in y's place."""
     N, C_in, L_in = x.shape
     C_out = grad_output.shape[1]
-    return Conv1dProblem(
+    return WeightGradProblem(
         N=N,
         C_in=C_in,
         L_in=L_in,
@@ -105,19 +127,48 @@ def weight_grad_problem(
 @lru_cache(maxsize=4096)
 def plan_input_grad(problem: Conv1dProblem, device: Device | None) -> Plan:
     """The plan of an `input_grad_problem` on this device. None stands for a device without kernels of ours."""
-    reason = _reason_for_aten(problem, device, input_grad_faster_in_aten)
-    if reason:
-        return aten(reason)
-    # a table tells which of our kernels is fastest; whether aten's convolution is faster still says nothing of its gradient
-    tuned = dispatch.tuned_plan(problem, device)
-    return tuned if tuned and not tuned.is_aten else input_grad_candidates(problem, device)[-1]
+    return _plan(problem, device)
 
 
 @lru_cache(maxsize=4096)
 def plan_weight_grad(problem: Conv1dProblem, device: Device | None) -> Plan:
     """The plan of a `weight_grad_problem` on this device. None stands for a device without kernels of ours."""
-    reason = _reason_for_aten(problem, device, weight_grad_faster_in_aten)
-    return aten(reason) if reason else weight_grad_candidates(problem, device)[-1]
+    return _plan(problem, device)
+
+
+def _plan(problem: Conv1dProblem, device: Device | None) -> Plan:
+    if device is None:
+        return aten("no kernel of ours runs on this device")
+    reason = dispatch.refusal(problem)
+    if reason:
+        return aten(reason)
+    return dispatch.tuned_plan(problem, device, plan_refusal) or plan_by_rule(problem, device)
+
+
+def plan_by_rule(problem: Conv1dProblem, device: Device) -> Plan:
+    """The plan of a gradient without a table for it, for a problem that the kernels support."""
+    if device.compare_with_aten and max(problem.extents) <= INT32_MAX:
+        faster_in_aten = weight_grad_faster_in_aten if problem.kind == "weight_grad" else input_grad_faster_in_aten
+        reason = faster_in_aten(problem)
+        if reason:
+            return Plan("aten_nhwc", None, reason) if reason == CHANNELS_LAST else aten(reason)
+    return candidates(problem, device)[-1]
+
+
+def candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan, ...]:
+    """Every kernel that can compute a gradient, each with its heuristic config, the preferred one last."""
+    return weight_grad_candidates(problem, device) if problem.kind == "weight_grad" else input_grad_candidates(problem, device)
+
+
+def plan_refusal(plan: Plan, problem: Conv1dProblem, device: Device) -> str | None:
+    """Why a plan found for a similar gradient, or proposed by a search, cannot compute this one, or None."""
+    if plan.kernel == "aten_nhwc" and problem.kind != "weight_grad":
+        return "the gradient of an input is not computed on channels-last views"
+    if problem.kind != "weight_grad" or plan.is_aten:
+        return dispatch.plan_refusal(plan, problem, device)
+    if plan.config is None or all(plan.kernel != candidate.kernel for candidate in candidates(problem, device)):
+        return f"no kernel {plan.kernel} computes this gradient"
+    return weight_grad_config_refusal(plan.kernel, plan.config, problem, device)
 
 
 def plan_bias_grad(grad_output: Tensor, device: Device | None) -> Plan:
@@ -132,15 +183,6 @@ def plan_bias_grad(grad_output: Tensor, device: Device | None) -> Plan:
         return aten("so small that the launch decides, and aten's is the shorter")
     config = bias_grad_config(grad_output.shape, grad_output.stride(), device)
     return Plan("bias_grad", config, "sums in two fixed steps")
-
-
-def _reason_for_aten(problem: Conv1dProblem, device: Device | None, faster_in_aten) -> str | None:
-    if device is None:
-        return "no kernel of ours runs on this device"
-    reason = dispatch.refusal(problem)
-    if reason is None and device.compare_with_aten and max(problem.extents) <= INT32_MAX:
-        return faster_in_aten(problem)
-    return reason
 
 
 # every kernel family that can run a forward problem can run the same problem as a gradient

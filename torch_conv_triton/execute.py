@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_conv_triton import dispatch
 from torch_conv_triton.calls import Call, remember, run, signature
 from torch_conv_triton.dispatch import Plan
-from torch_conv_triton.problem import Conv1dProblem, check_arguments, current_precision
+from torch_conv_triton.problem import Conv1dProblem, check_arguments, current_precision, layout_of
 
 if TYPE_CHECKING:
     from torch_conv_triton.kernels.epilogue import Fusion
@@ -67,12 +67,17 @@ def _aten(plan: Plan, p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor 
 
 def _aten_nhwc(p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A two-dimensional convolution of height 1 on channels-last views: an x that is not NLC is copied, and so is the output."""
-    if p.layout != "NLC" and p.C_in > 1:
-        x = _channels_last(x)
-    x, weight = (t.unsqueeze(2).contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    x, weight = channels_last_view(x), weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
     geometry = [1, p.stride], [0, p.padding], [1, p.dilation], p.transposed, [0, p.output_padding], p.groups
     y = torch.ops.aten.convolution.default(x, weight, bias, *geometry).squeeze(2)
     return y if y.is_contiguous() else _channels_last(y.transpose(1, 2)).transpose(1, 2)
+
+
+def channels_last_view(t: Tensor) -> Tensor:
+    """A tensor ``(N, C, L)`` as a channels-last ``(N, C, 1, L)``, a copy unless it is NLC."""
+    if t.shape[1] > 1 and layout_of(t.stride(), *t.shape[1:]) != "NLC":
+        t = _channels_last(t)
+    return t.unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
 
 def _channels_last(t: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -15,7 +18,7 @@ from torch_conv_triton.dispatch_gradients import (
     plan_weight_grad,
     weight_grad_problem,
 )
-from torch_conv_triton.problem import Conv1dProblem, current_precision
+from torch_conv_triton.problem import Conv1dProblem, check_arguments, current_precision, output_length
 
 _input_calls: dict[tuple, Call] = {}
 _weight_calls: dict[tuple, Call] = {}
@@ -27,26 +30,32 @@ def input_grad(
 ) -> Tensor:
     """Gradient ``(N, C_in, input_length)`` of a convolution's input, contiguous, from grad_output ``(N, C_out, L_out)``.
 
-    Weight ``(C_out, C_in / groups, K)``. Arguments are already checked.
+    Weight ``(C_out, C_in / groups, K)``. Raises as `check_backward` does; a call like an earlier one is not checked again.
     """
     geometry = stride, padding, dilation, groups
     key = geometry, input_length, current_precision(weight.dtype), signature(grad_output), signature(weight)
     call = _input_calls.get(key)
     if call is None:
+        check_backward(grad_output, input_like(grad_output, weight, input_length, groups), weight, *geometry)
         problem = input_grad_problem(grad_output, weight, input_length, *geometry)
         plan = plan_input_grad(problem, dispatch.device_for(grad_output.device))
         call = remember(_input_calls, key, Call(problem, plan))
     if call.plan.is_aten:
         return aten_input_grad(grad_output, weight, input_length, *geometry)
-    return _run_input_grad(call, grad_output, weight)
+    return run_input_grad(call, grad_output, weight)
 
 
 def input_grad_with(plan: Plan, problem: Conv1dProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
-    """Run one given plan of `dispatch_gradients.input_grad_candidates`."""
-    return _run_input_grad(Call(problem, plan), grad_output, weight)
+    """Run one given plan of an `input_grad_problem`: one of `dispatch_gradients.candidates`, with any config, or aten."""
+    if not plan.is_aten:
+        return run_input_grad(Call(problem, plan), grad_output, weight)
+    p = problem
+    padding = p.padding if p.transposed else p.dilation * (p.K - 1) - p.padding
+    return aten_input_grad(grad_output, weight, p.L_out, p.stride, padding, p.dilation, p.groups)
 
 
-def _run_input_grad(call: Call, grad_output: Tensor, weight: Tensor) -> Tensor:
+def run_input_grad(call: Call, grad_output: Tensor, weight: Tensor) -> Tensor:
+    """Make a call of our kernels for an `input_grad_problem`, with the weight of the convolution."""
     if not call.problem.transposed:
         # a depthwise filter takes outputs back to inputs when its taps are reversed
         weight = weight.flip(2)
@@ -58,25 +67,32 @@ def weight_grad(
 ) -> Tensor:
     """Gradient ``(C_out, C_in / groups, K)`` of a convolution's weight, contiguous, from grad_output ``(N, C_out, L_out)``.
 
-    x ``(N, C_in, L_in)``. Arguments are already checked.
+    x ``(N, C_in, L_in)``. Raises as `check_backward` does; a call like an earlier one is not checked again.
     """
     geometry = stride, padding, dilation, groups
     key = geometry, kernel_size, current_precision(x.dtype), signature(grad_output), signature(x)
     call = _weight_calls.get(key)
     if call is None:
+        check_backward(grad_output, x, weight_like(grad_output, x, kernel_size, groups), *geometry)
         problem = weight_grad_problem(grad_output, x, kernel_size, *geometry)
         call = remember(_weight_calls, key, Call(problem, plan_weight_grad(problem, dispatch.device_for(x.device))))
     if call.plan.is_aten:
-        return aten_weight_grad(grad_output, x, kernel_size, *geometry)
-    return _run_weight_grad(call, grad_output, x)
+        return weight_grad_with(call.plan, call.problem, grad_output, x)
+    return run_weight_grad(call, grad_output, x)
 
 
 def weight_grad_with(plan: Plan, problem: Conv1dProblem, grad_output: Tensor, x: Tensor) -> Tensor:
-    """Run one given plan of `dispatch_gradients.weight_grad_candidates`."""
-    return _run_weight_grad(Call(problem, plan), grad_output, x)
+    """Run one given plan of a `weight_grad_problem`: one of `dispatch_gradients.candidates`, with any config, or aten."""
+    if not plan.is_aten:
+        return run_weight_grad(Call(problem, plan), grad_output, x)
+    p = problem
+    if plan.kernel == "aten_nhwc":
+        return _aten_nhwc_weight_grad(p, grad_output, x)
+    return aten_weight_grad(grad_output, x, p.K, p.stride, p.padding, p.dilation, p.groups)
 
 
-def _run_weight_grad(call: Call, grad_output: Tensor, x: Tensor) -> Tensor:
+def run_weight_grad(call: Call, grad_output: Tensor, x: Tensor) -> Tensor:
+    """Make a call of our kernels for a `weight_grad_problem`."""
     p = call.problem
     grad_weight = x.new_empty((p.C_out, p.C_in_per_group, p.K))
     run(call, _launch, grad_output, x, grad_weight)
@@ -108,6 +124,14 @@ def _launch(plan: Plan, p: Conv1dProblem, grad_output: Tensor, x: Tensor, grad_w
         conv1d_weight_grad(grad_output, x, grad_weight, p.stride, p.padding, p.dilation, p.groups, tf32, config)
 
 
+def forget_plans() -> None:
+    """Plan every gradient anew, after the tables have changed."""
+    plan_input_grad.cache_clear()
+    plan_weight_grad.cache_clear()
+    _input_calls.clear()
+    _weight_calls.clear()
+
+
 def bias_grad(grad_output: Tensor) -> Tensor:
     """Gradient ``(C_out,)`` of a convolution's bias from grad_output ``(N, C_out, L_out)``, contiguous."""
     key = signature(grad_output)
@@ -131,22 +155,68 @@ def _launch_bias_grad(plan: Plan, _: None, grad_output: Tensor, grad_bias: Tenso
 def aten_input_grad(
     grad_output: Tensor, weight: Tensor, input_length: int, stride: int, padding: int, dilation: int, groups: int
 ) -> Tensor:
-    """`input_grad` as aten computes it, for any dtype that it takes."""
-    # aten reads only the sizes of the operand whose gradient is asked for
-    x = grad_output.new_empty(()).expand(grad_output.shape[0], weight.shape[1] * groups, input_length)
-    return _aten_backward(grad_output, x, weight, stride, padding, dilation, groups, 0)
+    """`input_grad` as aten computes it, for any dtype that it takes. Arguments are already checked."""
+    x = input_like(grad_output, weight, input_length, groups)
+    geometry = [stride], [padding], [dilation], False, [0], groups
+    return _aten_backward(grad_output, x, weight, geometry, 0).contiguous()
 
 
 def aten_weight_grad(
     grad_output: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int, dilation: int, groups: int
 ) -> Tensor:
-    """`weight_grad` as aten computes it, for any dtype that it takes."""
-    weight = grad_output.new_empty(()).expand(grad_output.shape[1], x.shape[1] // groups, kernel_size)
-    return _aten_backward(grad_output, x, weight, stride, padding, dilation, groups, 1)
+    """`weight_grad` as aten computes it, for any dtype that it takes. Arguments are already checked."""
+    weight = weight_like(grad_output, x, kernel_size, groups)
+    geometry = [stride], [padding], [dilation], False, [0], groups
+    return _aten_backward(grad_output, x, weight, geometry, 1).contiguous()
 
 
-def _aten_backward(grad_output, x, weight, stride, padding, dilation, groups, which):
-    gradients = torch.ops.aten.convolution_backward.default(
-        grad_output, x, weight, None, [stride], [padding], [dilation], False, [0], groups, [which == 0, which == 1, False]
-    )
-    return gradients[which].contiguous()
+def _aten_nhwc_weight_grad(p: Conv1dProblem, grad_output: Tensor, x: Tensor) -> Tensor:
+    """That of a two-dimensional convolution of height 1 on channels-last views: what is not NLC is copied."""
+    grad_output, x = (execute.channels_last_view(t) for t in (grad_output, x))
+    weight = grad_output.new_empty(()).expand(p.C_out, p.C_in_per_group, 1, p.K)
+    geometry = [1, p.stride], [0, p.padding], [1, p.dilation], False, [0, 0], p.groups
+    return _aten_backward(grad_output, x, weight, geometry, 1).squeeze(2).contiguous()
+
+
+def _aten_backward(grad_output: Tensor, x: Tensor, weight: Tensor, geometry: tuple, which: int) -> Tensor:
+    mask = [which == 0, which == 1, False]
+    with _repeatable(grad_output):
+        return torch.ops.aten.convolution_backward.default(grad_output, x, weight, None, *geometry, mask)[which]
+
+
+@contextmanager
+def _repeatable(tensor: Tensor) -> Iterator[None]:
+    """Let cuDNN compute only in ways that give the same bits each time, as our kernels do."""
+    before = torch._C._get_cudnn_deterministic()
+    if before or not tensor.is_cuda:
+        yield
+        return
+    torch._C._set_cudnn_deterministic(True)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_deterministic(before)
+
+
+def input_like(grad_output: Tensor, weight: Tensor, input_length: int, groups: int) -> Tensor:
+    """Stands for the input whose gradient is asked for: of it only the sizes are read."""
+    return grad_output.new_empty(()).expand(grad_output.shape[0], weight.shape[1] * groups, input_length)
+
+
+def weight_like(grad_output: Tensor, x: Tensor, kernel_size: int, groups: int) -> Tensor:
+    """Stands for the weight whose gradient is asked for: of it only the sizes are read."""
+    return grad_output.new_empty(()).expand(grad_output.shape[1], x.shape[1] // groups, kernel_size)
+
+
+def check_backward(grad_output: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, groups: int) -> None:
+    """Raise RuntimeError unless grad_output is the gradient of a valid convolution's output; lengths may be symbolic."""
+    check_arguments(x, weight, None, stride, padding, dilation, groups)
+    length = output_length(x.shape[2], weight.shape[2], stride, padding, dilation)
+    expected = (x.shape[0], weight.shape[0], length)
+    if grad_output.dim() != 3:
+        raise RuntimeError(f"Expected 3D grad_output, but got grad_output of size: {list(grad_output.shape)}")
+    for size, wanted in zip(grad_output.shape, expected, strict=True):
+        torch._check(
+            size == wanted,
+            lambda: f"Expected grad_output of size {list(expected)}, but got grad_output of size {list(grad_output.shape)}",
+        )

@@ -83,30 +83,24 @@ def _conv_transpose1d_fake(input, weight, bias=None, stride=1, padding=0, output
 def _conv1d_input_grad(
     grad_output, weight, input_length, stride=1, padding=0, dilation=1, groups=1, *, compute=gradients.input_grad
 ):
-    geometry = _geometry(stride, padding, dilation)
-    input = _sizes(grad_output, (grad_output.shape[0], weight.shape[1] * groups, input_length))
-    _check_backward(grad_output, input, weight, *geometry, groups)
-    return compute(grad_output, weight, input_length, *geometry, groups)
+    return compute(grad_output, weight, input_length, *_geometry(stride, padding, dilation), groups)
 
 
 def _conv1d_input_grad_fake(grad_output, weight, input_length, stride=1, padding=0, dilation=1, groups=1):
     input = grad_output.new_empty((grad_output.shape[0], weight.shape[1] * groups, input_length))
-    _check_backward(grad_output, input, weight, *_geometry(stride, padding, dilation), groups)
+    gradients.check_backward(grad_output, input, weight, *_geometry(stride, padding, dilation), groups)
     return input
 
 
 def _conv1d_weight_grad(
     grad_output, input, kernel_size, stride=1, padding=0, dilation=1, groups=1, *, compute=gradients.weight_grad
 ):
-    geometry = _geometry(stride, padding, dilation)
-    weight = _sizes(grad_output, (grad_output.shape[1], input.shape[1] // groups, kernel_size))
-    _check_backward(grad_output, input, weight, *geometry, groups)
-    return compute(grad_output, input, kernel_size, *geometry, groups)
+    return compute(grad_output, input, kernel_size, *_geometry(stride, padding, dilation), groups)
 
 
 def _conv1d_weight_grad_fake(grad_output, input, kernel_size, stride=1, padding=0, dilation=1, groups=1):
     weight = grad_output.new_empty((grad_output.shape[1], input.shape[1] // groups, kernel_size))
-    _check_backward(grad_output, input, weight, *_geometry(stride, padding, dilation), groups)
+    gradients.check_backward(grad_output, input, weight, *_geometry(stride, padding, dilation), groups)
     return weight
 
 
@@ -116,24 +110,6 @@ def _conv1d_bias_grad_fake(grad_output):
 
 def _geometry(stride, padding, dilation):
     return single(stride, "stride"), single(padding, "padding"), single(dilation, "dilation")
-
-
-def _sizes(like: Tensor, shape) -> Tensor:
-    # stands for the operand whose gradient is asked for
-    return like.new_empty(()).expand(shape)
-
-
-def _check_backward(grad_output, input, weight, stride, padding, dilation, groups) -> None:
-    check_arguments(input, weight, None, stride, padding, dilation, groups)
-    length = output_length(input.shape[2], weight.shape[2], stride, padding, dilation)
-    expected = (input.shape[0], weight.shape[0], length)
-    if grad_output.dim() != 3:
-        raise RuntimeError(f"Expected 3D grad_output, but got grad_output of size: {list(grad_output.shape)}")
-    for size, wanted in zip(grad_output.shape, expected, strict=True):
-        torch._check(
-            size == wanted,
-            lambda: f"Expected grad_output of size {list(expected)}, but got grad_output of size {list(grad_output.shape)}",
-        )
 
 
 for _name, _kernel, _fake in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ class Conv1dProblem:
     with negative values cropping x (or padding the output); `padding_mode` as in `torch.nn.Conv1d`; `rounded`, that float32 x
     holds TF32 values.
     """
+
+    # what is to be computed of the convolution; see `dispatch_gradients` for others
+    kind: ClassVar[str] = "forward"
 
     N: int
     C_in: int

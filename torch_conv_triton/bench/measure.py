@@ -18,7 +18,6 @@ from torch_conv_triton.bench.roofline import Ceilings, measure_ceilings
 from torch_conv_triton.bench.suite import Case
 from torch_conv_triton.bench.timing import Contestant, Stopwatch, Timing, race
 from torch_conv_triton.dispatch import Plan
-from torch_conv_triton.problem import Conv1dProblem
 
 
 @cache
@@ -104,20 +103,13 @@ def peak_mib(contestant: Contestant) -> float:
 
 def gradient_plans(case: Case, tensors: Tensors, grad_output: Tensor) -> list[Plan]:
     """The plans of the gradients of x and weight, in this order, that the case asks for."""
-    x, weight, _ = tensors
-    device = dispatch.device_for(x.device)
-    geometry = case.stride, case.padding, case.dilation, case.groups
-    if case.transposed:
-        # exchanging input and output makes the one kind of convolution the other
-        for_x = dispatch.plan(Conv1dProblem.from_tensors(grad_output, weight, None, *geometry), device)
-        pair = x, grad_output
-    else:
-        problem = dispatch_gradients.input_grad_problem(grad_output, weight, x.shape[2], *geometry)
-        for_x = dispatch_gradients.plan_input_grad(problem, device)
-        pair = grad_output, x
-    problem = dispatch_gradients.weight_grad_problem(*pair, weight.shape[2], *geometry)
-    for_weight = dispatch_gradients.plan_weight_grad(problem, device)
-    return [plan for plan, wanted in zip((for_x, for_weight), case.gradients, strict=False) if wanted]
+    device = dispatch.device_for(tensors[0].device)
+    planned = {
+        "forward": dispatch.plan,
+        "input_grad": dispatch_gradients.plan_input_grad,
+        "weight_grad": dispatch_gradients.plan_weight_grad,
+    }
+    return [planned[problem.kind](problem, device) for problem in case.gradient_problems(tensors, grad_output)]
 
 
 def random_like_output(case: Case, L_out: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_conv_triton.bench.errors import BenchError
-from torch_conv_triton.bench.suite import Case
+from torch_conv_triton.bench.suite import Case, Tensors
 from torch_conv_triton.bench.timing import Contestant
 
 OURS = "ours"
@@ -25,7 +25,6 @@ PEERS = {
 QUICK_PEERS = ("cudnn", "benchmark", "conv2d", "conv2d_nhwc")
 COUNTED_PEERS = tuple(name for name in PEERS if name != "conv2d_nhwc")
 
-Tensors = tuple[Tensor, Tensor, Tensor | None]
 Convolution = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -80,11 +79,15 @@ def forward_contestant(name: str, case: Case, tensors: Tensors) -> Contestant:
 def gradient_contestant(name: str, case: Case, tensors: Tensors, grad_output: Tensor) -> Contestant:
     """The backward pass of `name` through autograd, for the gradients that the case asks for, in the thread that calls.
 
-    The conv2d peers have x, weight and the gradient of y channels-last beforehand.
+    The conv2d peers have x and weight channels-last beforehand, as the forward left them. "conv2d" converts the gradient of y on
+    every call and that of x back, except where x is NLC: such gradients are channels-last already, and may stay so.
     """
     conv, (x, weight, bias) = convolution(name, case), tensors
+    converts = name == "conv2d" and case.problem().layout != "NLC"
     if name.startswith("conv2d"):
-        x, weight, grad_output = channels_last(x), channels_last(weight), channels_last(grad_output)
+        x, weight = channels_last(x), channels_last(weight)
+        if not converts:
+            grad_output = channels_last(grad_output)
     leaves = [
         None if t is None else t.detach().requires_grad_(wanted)
         for t, wanted in zip((x, weight, bias), case.gradients, strict=True)
@@ -96,7 +99,10 @@ def gradient_contestant(name: str, case: Case, tensors: Tensors, grad_output: Te
     def backward() -> tuple[Tensor, ...]:
         # the engine's own threads would share cuDNN's plans between contestants
         with torch.autograd.set_multithreading_enabled(False):
-            return torch.autograd.grad(y, inputs, grad_output, retain_graph=True)
+            if not converts:
+                return torch.autograd.grad(y, inputs, grad_output, retain_graph=True)
+            found = torch.autograd.grad(y, inputs, channels_last(grad_output), retain_graph=True)
+            return tuple(gradient.squeeze(2).contiguous() if gradient.dim() == 4 else gradient for gradient in found)
 
     return Contestant(backward, switches(name))
 

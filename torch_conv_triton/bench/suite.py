@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from torch_conv_triton.bench.errors import BenchError
+from torch_conv_triton.dispatch_gradients import input_grad_problem, weight_grad_problem
 from torch_conv_triton.problem import Conv1dProblem, check_arguments, contiguous_strides
 
 SUITE = Path(__file__).with_name("suite.json")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+Tensors = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ class Case:
             arguments["output_padding"] = self.output_padding
         return arguments
 
-    def tensors(self, device: str | torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+    def tensors(self, device: str | torch.device, seed: int = 0) -> Tensors:
         """Random x with the recorded strides, contiguous weight (scaled to keep y near unit variance) and bias, or None."""
         dtype = DTYPES[self.dtype]
         generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
@@ -77,12 +81,30 @@ class Case:
         C_out = self.w_shape[1] * self.groups if self.transposed else self.w_shape[0]
         return x, weight, normal(C_out) if self.bias else None
 
-    def problem(self, tensors: tuple[Tensor, Tensor, Tensor | None] | None = None) -> Conv1dProblem:
+    def problem(self, tensors: Tensors | None = None) -> Conv1dProblem:
         """The same convolution as the package sees it, of these tensors; without them, no data is allocated."""
         x, weight, bias = tensors or self.tensors("meta")
         return Conv1dProblem.from_tensors(
             x, weight, bias, self.stride, self.padding, self.dilation, self.groups, self.transposed, self.output_padding
         )
+
+    def gradient_problems(self, tensors: Tensors | None = None, grad_output: Tensor | None = None) -> list[Conv1dProblem]:
+        """What the gradients of x and weight, in this order, that the case asks for are to the package, of these tensors.
+
+        Without them, no data is allocated, and the gradient of y is contiguous.
+        """
+        tensors = x, weight, _ = tensors or self.tensors("meta")
+        if grad_output is None:
+            problem = self.problem(tensors)
+            grad_output = x.new_empty((problem.N, problem.C_out, problem.L_out))
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        if self.transposed:
+            # exchanging input and output makes the one kind of convolution the other
+            for_x, pair = Conv1dProblem.from_tensors(grad_output, weight, None, *geometry), (x, grad_output)
+        else:
+            for_x, pair = input_grad_problem(grad_output, weight, x.shape[2], *geometry), (grad_output, x)
+        for_weight = weight_grad_problem(*pair, weight.shape[2], *geometry)
+        return [problem for problem, wanted in zip((for_x, for_weight), self.gradients, strict=False) if wanted]
 
     def check(self) -> None:
         """Raise BenchError unless this is a convolution that PyTorch would run."""

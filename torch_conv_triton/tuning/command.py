@@ -41,6 +41,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--cases", metavar="P,Q", help="only cases whose names start with one of these, as in p01,p28,s_")
     what.add_argument("--dtype", choices=tuple(DTYPES), help="this dtype instead of each case's own (--shape: fp32)")
+    what.add_argument("--backward", action="store_true", help="tune the gradients instead of the forward; not with --model")
     add_geometry_arguments(parser)
 
     how = parser.add_argument_group("how")
@@ -61,8 +62,10 @@ def main(args: argparse.Namespace, model: Model | None = None) -> int:
     try:
         if args.jobs is not None and args.jobs < 1:
             raise BenchError(f"--jobs must be positive, got {args.jobs}")
+        if args.backward and args.model:
+            raise BenchError("--backward tunes the gradients of single convolutions, as of --suite and --shape")
         device = _gpu()
-        problems = [(case.name, case.problem()) for case in cases_of(args)] if model is None else _problems_of(model)
+        problems = _problems_of_cases(args) if model is None else _problems_of(model)
         return _tune(args, problems, device)
     except BenchError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -76,6 +79,12 @@ def _gpu() -> torch.device:
     if dispatch.device_for(device) is None:
         raise BenchError(f"no kernel of ours runs on {torch.cuda.get_device_name(device)}; sm_80 or newer is needed")
     return device
+
+
+def _problems_of_cases(args: argparse.Namespace) -> Sequence[tuple[str, Conv1dProblem]]:
+    if not args.backward:
+        return [(case.name, case.problem()) for case in cases_of(args)]
+    return [(f"{case.name} {problem.kind}", problem) for case in cases_of(args) for problem in case.gradient_problems()]
 
 
 def _problems_of(model: Model) -> Sequence[tuple[str, Conv1dProblem]]:

@@ -12,26 +12,30 @@ from dataclasses import fields, replace
 from functools import partial
 from itertools import islice, product
 from math import log2
+from types import ModuleType
 
-from torch_conv_triton import dispatch
+from torch_conv_triton import dispatch, dispatch_gradients
 from torch_conv_triton.configs import Config, Device, gemm_config
+from torch_conv_triton.configs_gradients import WeightGradConfig
 from torch_conv_triton.dispatch import ATEN, Plan
-from torch_conv_triton.problem import Conv1dProblem, ceil_pow2
+from torch_conv_triton.problem import Conv1dProblem, ceil_pow2, layout_of
 
 # accumulators of a thread: with fewer the tile does not pay for its loads, with more it spills
 FEWEST_ACCUMULATORS, MOST_ACCUMULATORS = 8, 128
 
 Steps = Iterator[Config]
+Accepts = Callable[[Config], bool]
 
 
 def plans(problem: Conv1dProblem, device: Device) -> tuple[Plan, ...]:
     """The plans to time for a problem that the kernels support, the one by rule first, each kernel and config once."""
-    proposed = [dispatch.plan_by_rule(problem, device)]
-    for heuristic in reversed(dispatch.candidates(problem, device)):
+    rules = _rules(problem)
+    proposed = [rules.plan_by_rule(problem, device)]
+    for heuristic in reversed(rules.candidates(problem, device)):
         proposed.append(heuristic)
         steps = _STEPS.get(heuristic.kernel)
         # one channel a group leaves a matrix product almost empty
-        if steps is not None and (heuristic.kernel.startswith("depthwise") or not problem.is_depthwise):
+        if steps is not None and ("depthwise" in heuristic.kernel or "grad" in heuristic.kernel or not problem.is_depthwise):
             accepted = partial(_accepts, heuristic.kernel, problem, device)
             proposed += [
                 Plan(heuristic.kernel, config, "searched") for config in steps(problem, device, heuristic.config, accepted)
@@ -44,7 +48,11 @@ def plans(problem: Conv1dProblem, device: Device) -> tuple[Plan, ...]:
 
 
 def _runs(plan: Plan, problem: Conv1dProblem, device: Device) -> bool:
-    return dispatch.plan_refusal(plan, problem, device) is None
+    return _rules(problem).plan_refusal(plan, problem, device) is None
+
+
+def _rules(problem: Conv1dProblem) -> ModuleType:
+    return dispatch if problem.kind == "forward" else dispatch_gradients
 
 
 def _accepts(kernel: str, problem: Conv1dProblem, device: Device, config: Config) -> bool:
@@ -60,10 +68,10 @@ def nearest(start: Config, count: int, accepted: Callable[[Config], bool], **axe
 def distance(a: Config, b: Config) -> float:
     """Steps between two configs: a factor of 2 is one, and so is one stage, one program more or a flag."""
     steps = 0.0
-    for name in (field.name for field in fields(Config)):
+    for name in (field.name for field in fields(a)):
         x, y = getattr(a, name), getattr(b, name)
         if x != y:
-            doubles = name.startswith("BLOCK") or name == "num_warps"
+            doubles = name.startswith("BLOCK") or name in ("num_warps", "splits")
             steps += abs(log2(x / y)) if doubles and x and y else abs(int(x) - int(y))
     return steps
 
@@ -234,6 +242,61 @@ def _depthwise_toeplitz(problem: Conv1dProblem, device: Device, start: Config, a
     )
 
 
+def _weight_grad(problem: Conv1dProblem, device: Device, start: WeightGradConfig, accepted: Accepts) -> Steps:
+    def left(config: WeightGradConfig) -> bool:
+        # of the two sides of a product, the one with 64 rows is to be on the left
+        return config.grad_left == (config.BLOCK_O >= 64 or config.BLOCK_C < 64) and accepted(config)
+
+    axes = {
+        "BLOCK_O": (32, 64, 128, 256),
+        "BLOCK_C": (16, 32, 64, 128, 256),
+        "BLOCK_L": (16, 32, 64, 128),
+        "splits": _splits(start),
+        "num_warps": (4, 8),
+        "num_stages": (1,) if start.prefetch else (2, 3, 4),
+        "grad_left": (False, True),
+    }
+    yield from nearest(start, 16, left, **axes)
+    if problem.dtype.itemsize == 2 and "NCL" in (problem.layout, layout_of(problem.y_strides, problem.C_out, problem.L_out)):
+        yield from nearest(replace(start, tap_major=True, prefetch=False, copy_to_nlc=not start.copy_to_nlc), 6, left, **axes)
+    if not start.prefetch:
+        return
+    yield from nearest(replace(start, tap_major=not start.tap_major), 6, left, **axes)
+    if problem.stride == 1:
+        yield from nearest(replace(start, exchanged=not start.exchanged), 6, left, **axes)
+
+
+def _weight_grad_depthwise(problem: Conv1dProblem, device: Device, start: WeightGradConfig, accepted: Accepts) -> Steps:
+    yield from nearest(
+        start,
+        16,
+        lambda config: 64 * config.num_warps <= config.BLOCK_O * config.BLOCK_L and accepted(config),
+        BLOCK_O=(1, 2, 4, 8, 16, 32, 64, 128),
+        BLOCK_C=(1, 2, 4, 8),
+        BLOCK_L=(4, 8, 16, 32, 64, 128, 256, 512, 1024),
+        splits=_splits(start),
+        num_warps=(1, 2, 4, 8),
+    )
+
+
+def _weight_grad_banded(problem: Conv1dProblem, device: Device, start: WeightGradConfig, accepted: Accepts) -> Steps:
+    yield from nearest(
+        start,
+        16,
+        accepted,
+        BLOCK_O=(1, 2, 4, 8),
+        BLOCK_C=(16, 32),
+        BLOCK_L=(256, 512, 1024),
+        splits=_splits(start),
+        num_warps=(2, 4, 8),
+        num_stages=(1, 2, 3),
+    )
+
+
+def _splits(start: WeightGradConfig) -> Sequence[int]:
+    return sorted({max(1, start.splits // 2), start.splits, 2 * start.splits})
+
+
 def _few_outputs(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
     vector = 16 // problem.dtype.itemsize
     yield from nearest(
@@ -319,4 +382,8 @@ _STEPS: dict[str, Callable[[Conv1dProblem, Device, Config, Callable[[Config], bo
     "depthwise_skewed": _depthwise_skewed,
     "depthwise_sliding": _depthwise_sliding,
     "depthwise_toeplitz": _depthwise_toeplitz,
+    "weight_grad": _weight_grad,
+    "weight_grad_rows": _weight_grad,
+    "weight_grad_depthwise": _weight_grad_depthwise,
+    "weight_grad_banded": _weight_grad_banded,
 }

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from torch_conv_triton.configs import Config, Device
-from torch_conv_triton.problem import Conv1dProblem, ceil_pow2, dtype_name
+from torch_conv_triton.configs_gradients import WeightGradConfig
+from torch_conv_triton.problem import Conv1dProblem, ceil_pow2, dtype_name, layout_of
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Entry:
     """The fastest way to run a kind of problem: `kernel` and `config` as in a plan; ms it took, and plain aten where it runs."""
 
     kernel: str
-    config: Config | None
+    config: Config | WeightGradConfig | None
     ms: float
     aten_ms: float | None
 
@@ -54,9 +55,10 @@ class Entry:
         config = record["config"]
         if config is not None and not all(type(value) in (int, bool) for value in config.values()):
             raise TypeError(f"a config holds integers and flags, not {config}")
+        make = WeightGradConfig if str(record["kernel"]).startswith("weight_grad") else Config
         return cls(
             str(record["kernel"]),
-            None if config is None else Config(**config),
+            None if config is None else make(**config),
             float(record["ms"]),
             None if record["aten_ms"] is None else float(record["aten_ms"]),
         )
@@ -64,7 +66,8 @@ class Entry:
     def to_record(self) -> dict[str, Any]:
         config = None
         if self.config is not None:
-            config = {f.name: getattr(self.config, f.name) for f in fields(Config) if getattr(self.config, f.name) != f.default}
+            values = ((f, getattr(self.config, f.name)) for f in fields(self.config))
+            config = {f.name: value for f, value in values if value != f.default}
         aten_ms = None if self.aten_ms is None else round(self.aten_ms, 6)
         return {"kernel": self.kernel, "config": config, "ms": round(self.ms, 6), "aten_ms": aten_ms}
 
@@ -74,14 +77,18 @@ def key(problem: Conv1dProblem) -> str:
 
     Exact: regime, dtype, precision, layout of x, bias or none, K, stride. In buckets: channels of a group (see `_channels`),
     groups, by powers of two; dilation likewise, but exact where transposed, whose phases follow from it; N * L_out by powers of
-    two, up to a limit. The length alone counts only where it is short of a tile, by powers of two.
+    two, up to a limit. The length alone counts only where it is short of a tile, by powers of two. A gradient says so first, and
+    that of a weight also the layout of grad_output.
     """
     p = problem
     dilation = p.dilation if p.transposed else ceil_pow2(p.dilation)
     positions = min(max(1, p.N * p.L_out), MOST_POSITIONS).bit_length() - 1
     short = f" short{ceil_pow2(p.L_out)}" if p.L_out < SHORT_OUTPUT else ""
+    kind = "" if p.kind == "forward" else f"{p.kind} "
+    if p.kind == "weight_grad":
+        kind += f"{layout_of(p.y_strides, p.C_out, p.L_out)} "
     return (
-        f"{p.regime} {dtype_name(p.dtype)} {p.precision} {p.layout} {'bias' if p.has_bias else 'nobias'} "
+        f"{kind}{p.regime} {dtype_name(p.dtype)} {p.precision} {p.layout} {'bias' if p.has_bias else 'nobias'} "
         f"i{_channels(p.C_in_per_group)} o{_channels(p.C_out_per_group)} g{ceil_pow2(p.groups)} "
         f"K{p.K} s{p.stride} d{dilation if p.K > 1 else 1} n{positions}{short}"
     )

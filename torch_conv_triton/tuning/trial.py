@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from torch_conv_triton import execute, reference, testing
+from torch_conv_triton import execute, gradients, reference, testing
 from torch_conv_triton.bench.timing import Contestant, Timing, in_words, race
 from torch_conv_triton.calls import Call
 from torch_conv_triton.dispatch import Plan
@@ -45,9 +45,17 @@ def _fault(problem: Conv1dProblem, plan: Plan, device: torch.device) -> str | No
     with torch.no_grad(), testing.float32_precision(problem.precision):
         tensors, expected = _inputs_and_output(problem, device)
         with testing.poisoned_allocations():
-            y, again = (execute.forward_with(plan, problem, *tensors) for _ in range(2))
+            y, again = (_run(plan, problem, tensors) for _ in range(2))
     testing.assert_within_budget(y, expected, problem.precision)
     return None if torch.equal(y, again) else "the output differs from call to call"
+
+
+def _run(plan: Plan, problem: Conv1dProblem, tensors: Tensors) -> Tensor:
+    if problem.kind == "input_grad":
+        return gradients.input_grad_with(plan, problem, *tensors[:2])
+    if problem.kind == "weight_grad":
+        return gradients.weight_grad_with(plan, problem, *tensors[:2])
+    return execute.forward_with(plan, problem, *tensors)
 
 
 def fewer_samples(problem: Conv1dProblem) -> Conv1dProblem:
@@ -59,7 +67,10 @@ def fewer_samples(problem: Conv1dProblem) -> Conv1dProblem:
 
 
 def inputs(problem: Conv1dProblem, device: torch.device) -> Tensors:
-    """Random x, weight and bias with the strides and the alignment of the problem, beside NaN: a read before or after shows."""
+    """Random x, weight and bias with the strides and the alignment of the problem, beside NaN: a read before or after shows.
+
+    For the gradient of an input: grad_output, the weight and None; for that of a weight: grad_output, x and None.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     generator = torch.Generator(device).manual_seed(0)
@@ -74,7 +85,10 @@ def inputs(problem: Conv1dProblem, device: torch.device) -> Tensors:
         buffer[start : start + span].normal_(std=scale, generator=generator)
         return buffer.as_strided(shape, strides, start)
 
-    x = normal((problem.N, problem.C_in, problem.L_in), problem.x_strides, shift=0 if problem.aligned else 1)
+    shift = 0 if problem.aligned else 1
+    x = normal((problem.N, problem.C_in, problem.L_in), problem.x_strides, shift=shift)
+    if problem.kind == "weight_grad":
+        return normal((problem.N, problem.C_out, problem.L_out), problem.y_strides, shift=shift), x, None
     weight = normal(weight_shape, problem.w_strides, (problem.C_in_per_group * problem.K) ** -0.5)
     return x, weight, normal((problem.C_out,), (1,)) if problem.has_bias else None
 
@@ -83,7 +97,20 @@ def inputs(problem: Conv1dProblem, device: torch.device) -> Tensors:
 def _inputs_and_output(problem: Conv1dProblem, device: torch.device) -> tuple[Tensors, Tensor]:
     tensors = inputs(problem, device)
     geometry = problem.stride, problem.padding, problem.dilation, problem.groups, problem.transposed, problem.output_padding
+    if problem.kind == "weight_grad":
+        return tensors, _expected_weight_grad(*tensors[:2], problem, geometry)
+    if problem.kind == "input_grad" and not problem.transposed:
+        x, weight, _ = tensors
+        return tensors, reference.conv1d(x, weight.flip(2), None, *geometry)
     return tensors, reference.conv1d(*tensors, *geometry)
+
+
+def _expected_weight_grad(grad_output: Tensor, x: Tensor, problem: Conv1dProblem, geometry: tuple) -> Tensor:
+    shape = problem.C_out, problem.C_in_per_group, problem.K
+    weight = torch.zeros(shape, dtype=torch.float64, device=x.device, requires_grad=True)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(reference.conv1d(x.double(), weight, None, *geometry), weight, grad_output.double())
+    return gradient
 
 
 def _release(device: torch.device) -> None:
@@ -116,10 +143,13 @@ def measure(problem: Conv1dProblem, plans: Sequence[Plan], device: torch.device)
 def _contestant(plan: Plan, problem: Conv1dProblem, tensors: Tensors) -> Contestant:
     call: Callable[[], Tensor]
     if plan.is_aten:
-        call = partial(execute.forward_with, plan, problem, *tensors)
-    else:
+        call = partial(_run, plan, problem, tensors)
+    elif problem.kind == "forward":
         # one call, so that its launches are repeated as in a program
         call = partial(execute.run_kernels, Call(problem, plan), *tensors)
+    else:
+        run = gradients.run_input_grad if problem.kind == "input_grad" else gradients.run_weight_grad
+        call = partial(run, Call(problem, plan), *tensors[:2])
     # every contestant has a thread, and every thread a current device, which the clock's events are on
     return Contestant(call, partial(torch.cuda.device_of, tensors[0]))
 
