@@ -1,16 +1,20 @@
 """Every gradient kernel on the GPU against float64, and what only a GPU shows: determinism, long sums, streams, training."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import torch_conv_triton
 from torch_conv_triton import dispatch, dispatch_gradients, gradients
+from torch_conv_triton.dispatch import Plan
 from torch_conv_triton.testing import (
     CASES,
     LAYOUTS,
     Case,
     assert_within_budget,
+    error_budget,
     expected_gradients,
     float32_precision,
     make_grad_output,
@@ -97,27 +101,73 @@ def test_operators_give_aten_s_gradients(case, dtype):
         assert_within_budget(a, e, "tf32" if dtype == torch.float32 else "ieee")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("long_sum", 4, 16, 2_500_000, 16, 3, padding=1),
-        Case("long_depthwise_sum", 4, 16, 2_500_000, 16, 4, padding=3, groups=16),
-    ],
-    ids=str,
+LONG_SUMS = (
+    Case("long_sum", 4, 16, 2_500_000, 16, 3, padding=1),
+    Case("long_sum_many_taps", 4, 48, 2_500_000, 40, 11, padding=5),
+    Case("long_depthwise_sum", 4, 16, 2_500_000, 16, 4, padding=3, groups=16),
 )
-def test_sums_over_ten_million_positions_are_no_worse_than_cudnn_s(case, dtype):
+
+
+def errors_of_weight_grads(case: Case, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
+    """The error of cuDNN's gradient of the weight against float64, and those of all plans of ours."""
     # without the margins of NaN, which these lengths make large
     x = torch.randn(case.N, case.C_in, case.L_in, device="cuda", dtype=dtype)
     weight = torch.randn(case.weight_shape, device="cuda", dtype=dtype)
     grad_output = torch.randn(case.output_shape, device="cuda", dtype=dtype)
     arguments = grad_output, x, case.K, case.stride, case.padding, case.dilation, case.groups
     _, expected = expected_gradients(case, x, weight, grad_output)
-    theirs = relative_error(gradients.aten_weight_grad(*arguments), expected)
     problem = dispatch_gradients.weight_grad_problem(*arguments)
-    for plan in dispatch_gradients.weight_grad_candidates(problem, dispatch.device_for(x.device)):
-        ours = relative_error(gradients.weight_grad_with(plan, problem, grad_output, x), expected)
-        assert ours <= 1.1 * theirs, plan
+    ours = {
+        str(plan): relative_error(gradients.weight_grad_with(plan, problem, grad_output, x), expected)
+        for plan in dispatch_gradients.weight_grad_candidates(problem, dispatch.device_for(x.device))
+    }
+    return relative_error(gradients.aten_weight_grad(*arguments), expected), ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LONG_SUMS, ids=str)
+def test_sums_over_ten_million_positions_are_no_worse_than_cudnn_s(case, dtype):
+    # cuDNN may compute in full float32 where it is allowed to round, so it is told to
+    with float32_precision("ieee"):
+        theirs, ours = errors_of_weight_grads(case, dtype)
+    for plan, error in ours.items():
+        assert error <= 1.1 * theirs, plan
+
+
+@pytest.mark.parametrize("case", LONG_SUMS, ids=str)
+def test_the_error_of_rounded_sums_does_not_grow_with_their_length(case):
+    short = replace(case, L_in=case.L_in // 100)
+    (_, before), (_, after) = (errors_of_weight_grads(case, torch.float32) for case in (short, case))
+    # rounding to TF32 is what there is
+    for error in (*before.values(), *after.values()):
+        assert error <= 0.5 * error_budget(torch.float32, "tf32")
+    assert max(after.values()) <= 1.2 * max(before.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(16, 512, 375), (8, 5, 240_001), (256, 512, 8), (1, 1, 1_000_000)], ids=str)
+def test_the_gradient_of_a_bias_is_the_sum_over_samples_and_positions(shape, layout, dtype):
+    N, C, L = shape
+    grad_output = make_grad_output(Case("sum", N, C, L, C, 1), dtype, layout, "cuda")
+    with poisoned_allocations():
+        first, second = (OPS.conv1d_bias_grad(grad_output) for _ in range(2))
+    assert_within_budget(first, grad_output.double().sum((0, 2)))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["NCL", "NLC"])
+@pytest.mark.parametrize("case", LARGE[:2], ids=str)
+def test_weight_gradients_on_channels_last_views(case, layout, dtype):
+    x, weight, _ = make_inputs(case, dtype, layout, "cuda")
+    grad_output = make_grad_output(case, dtype, device="cuda")
+    problem = dispatch_gradients.weight_grad_problem(
+        grad_output, x, case.K, case.stride, case.padding, case.dilation, case.groups
+    )
+    actual = gradients.weight_grad_with(Plan("aten_nhwc", None, "asked"), problem, grad_output, x)
+    assert actual.is_contiguous()
+    assert_within_budget(actual, expected_gradients(case, x, weight, grad_output)[1], problem.precision)
 
 
 def test_gradients_run_on_the_current_stream_and_in_a_cuda_graph():
@@ -140,39 +190,3 @@ def test_gradients_run_on_the_current_stream_and_in_a_cuda_graph():
     graph.replay()
     for a, e in zip(captured, both(), strict=True):
         assert torch.equal(a, e)
-
-
-def test_training_twice_gives_the_same_bits(monkeypatch):
-    # these are small enough for aten, whose sums may differ from run to run
-    for rule in ("input_grad_faster_in_aten", "weight_grad_faster_in_aten"):
-        monkeypatch.setattr(dispatch_gradients, rule, lambda problem: None)
-    for memo in ("_input_calls", "_weight_calls"):
-        monkeypatch.setattr(gradients, memo, {})
-    dispatch_gradients.plan_input_grad.cache_clear()
-    dispatch_gradients.plan_weight_grad.cache_clear()
-
-    def train():
-        torch.manual_seed(0)
-        weights = [
-            torch.randn(32, 1, 9, device="cuda"),
-            torch.randn(32, 32, 5, device="cuda"),
-            torch.randn(1, 32, 3, device="cuda"),
-        ]
-        weights = [(0.1 * w).requires_grad_() for w in weights]
-        audio = torch.randn(8, 1, 16000, device="cuda")
-        losses = []
-        for _ in range(20):
-            y = audio
-            for w in weights:
-                y = torch.tanh(torch_conv_triton.conv1d(y, w, padding=w.shape[2] // 2))
-            loss = (y - audio).square().mean()
-            for w, g in zip(weights, torch.autograd.grad(loss, weights), strict=True):
-                w.data -= 0.1 * g
-            losses.append(loss.item())
-        return losses, weights
-
-    (first_losses, first), (second_losses, second) = train(), train()
-    dispatch_gradients.plan_input_grad.cache_clear()
-    dispatch_gradients.plan_weight_grad.cache_clear()
-    assert first_losses == second_losses and first_losses[-1] < first_losses[0]
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
