@@ -238,3 +238,17 @@ def test_an_empty_batch_has_no_outputs(case):
     x, weight, bias = make_inputs(case, torch.float32)
     (y,) = call(x, weight, bias, case, "max %0 0.0; out %1 bf16 NLC")
     assert y.shape == case.output_shape and y.dtype == torch.bfloat16
+
+
+def test_calls_are_planned_anew_after_they_were_forgotten(monkeypatch):
+    x, weight, bias = make_inputs(DENSE, torch.float32)
+    fused.forget_plans()
+    planned = []
+    original = dispatch.fused_plan
+    monkeypatch.setattr(dispatch, "fused_plan", lambda *arguments: planned.append(1) or original(*arguments))
+    for _ in range(2):
+        call(x, weight, bias, DENSE)
+    assert len(planned) == 1
+    fused.forget_plans()
+    call(x, weight, bias, DENSE)
+    assert len(planned) == 2

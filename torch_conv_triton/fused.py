@@ -173,6 +173,11 @@ def compute_conv1d_fused(
     return outputs
 
 
+def forget_plans() -> None:
+    """Plan every fused call anew, after the tables have changed."""
+    _calls.clear()
+
+
 @dataclass(slots=True, kw_only=True)
 class FusedCall(Call):
     """A `Call` with what its outputs are, and what its kernel is given.
