@@ -140,6 +140,7 @@ def test_what_does_not_cut_the_ends_is_left(function):
 
 SLOPE, ALPHA = torch.rand(6), torch.rand(1, 6, 1)
 SAME = torch.randn(2, 6, 14)
+MASK = SAME > 0
 ACTIVATIONS = {
     "relu": (F.relu, "max %0 0.0"),
     "leaky relu": (lambda y: F.leaky_relu(y, 0.1), "gt %0 0.0; mul %0 0.1; where %1 %0 %2"),
@@ -150,15 +151,16 @@ ACTIVATIONS = {
     "sigmoid": (torch.sigmoid, "sigmoid %0"),
     "hardswish": (F.hardswish, "add %0 3.0; max %1 0.0; min %2 6.0; mul %0 %3; div %4 6.0"),
     "clamp": (lambda y: y.clamp(-1, 2), "max %0 -1.0; min %1 2.0"),
-    "prelu": (lambda y: F.prelu(y, SLOPE), "gt %0 0.0; mul a0 %0; where %1 %0 %2"),
+    "prelu": (lambda y: F.prelu(y, SLOPE), "gt %0 0.0; mul %0 a0; where %1 %0 %2"),
     "snake": (
         lambda y: y + (ALPHA + 1e-9).reciprocal() * torch.sin(ALPHA * y).pow(2),
-        "mul a0 %0; sin %1; pow2 %2; add a0 1e-09; reciprocal %4; mul %5 %3; add %0 %6",
+        "mul %0 a0; sin %1; pow2 %2; add a0 1e-09; reciprocal %4; mul %5 %3; add %0 %6",
     ),
     "scale": (lambda y: y * 0.5, "mul %0 0.5"),
     "scale by channel": (lambda y: y * ALPHA, "mul %0 a0"),
     "residual, then relu": (lambda y: F.relu(y + SAME), "add %0 a0; max %1 0.0"),
     "relu, then residual": (lambda y: 2 * SAME - F.relu(y), "max %0 0.0; mul a0 2.0; sub %2 %1"),
+    "mask": (lambda y: y * MASK.float(), "mul %0 a0"),
     "gate": (lambda y: y * torch.sigmoid(SAME), "sigmoid a0; mul %0 %1"),
     "softplus": (F.softplus, "gt %0 20.0; exp %0; log1p %2; where %1 %0 %3"),
 }
@@ -197,10 +199,10 @@ def test_a_residual_block_stores_the_sum_and_its_activation():
     assert_expected_inline(
         after(block, X),
         """\
-v0 = triton_conv.conv1d_fused.default(in0, in1, None, 1, [1, 1], 1, 1, False, zeros, add a0 %0; gt %1 0.0; mul %1 0.1; where %2 %1 %3; tf32 %4; out %1 fp32 NCL; out %5 fp32 NCL, [in0], False)
+v0 = triton_conv.conv1d_fused.default(in0, in1, None, 1, [1, 1], 1, 1, False, zeros, add %0 a0; gt %1 0.0; mul %1 0.1; where %2 %1 %3; tf32 %4; out %1 fp32 NCL; out %5 fp32 NCL, [in0], False)
 v1: float32[2, 4, 16] = getitem(v0, 0)
 v2: float32[2, 4, 16] = getitem(v0, 1)
-v3: float32[2, 4, 16] = triton_conv.conv1d_fused.one(v2, in2, None, 1, [2, 2], 2, 1, False, zeros, add a0 %0; out %1 fp32 NCL, [v1], True)
+v3: float32[2, 4, 16] = triton_conv.conv1d_fused.one(v2, in2, None, 1, [2, 2], 2, 1, False, zeros, add %0 a0; out %1 fp32 NCL, [v1], True)
 return [v3]
 """,  # noqa: E501
     )
@@ -218,7 +220,7 @@ def test_the_sum_of_two_convolutions_goes_to_the_later_one():
         after(lambda x: F.relu(F.conv1d(x, W) + F.conv1d(x, other)), X),
         """\
 v0: float32[2, 6, 14] = triton_conv.conv1d.default(in0, in1, None, [1], [0], [1], 1)
-v1: float32[2, 6, 14] = triton_conv.conv1d_fused.one(in0, in2, None, 1, [0, 0], 1, 1, False, zeros, add a0 %0; max %1 0.0; out %2 fp32 NCL, [v0], False)
+v1: float32[2, 6, 14] = triton_conv.conv1d_fused.one(in0, in2, None, 1, [0, 0], 1, 1, False, zeros, add %0 a0; max %1 0.0; out %2 fp32 NCL, [v0], False)
 return [v1]
 """,  # noqa: E501
     )

@@ -45,7 +45,7 @@ def test_one_of_two_outputs_is_rounded():
 
     graph = after(block, X)
     assert "max %0 0.0; tf32 %1; out %0 fp32 NCL; out %2 fp32 NCL" in graph
-    assert "add a0 %0; out %1 fp32 NCL, [v1], True)" in graph
+    assert "add %0 a0; out %1 fp32 NCL, [v1], True)" in graph
 
 
 def test_a_convolution_that_folds_nothing_rounds_and_is_told():
@@ -104,10 +104,10 @@ def test_many_channels_are_stored_channels_last_with_what_is_added_to_them():
 v0 = triton_conv.conv1d_fused.default(in0, in1, None, 1, [1, 1], 1, 1, False, zeros, max %0 0.0; tf32 %1; out %0 fp32 NLC; out %2 fp32 NLC, [], False)
 v1: float32[2, 16, 16] = getitem(v0, 0)
 v2: float32[2, 16, 16] = getitem(v0, 1)
-v3 = triton_conv.conv1d_fused.default(v2, in2, None, 1, [1, 1], 1, 1, False, zeros, add a0 %0; max %1 0.0; tf32 %2; out %1 fp32 NLC; out %3 fp32 NLC, [v1], True)
+v3 = triton_conv.conv1d_fused.default(v2, in2, None, 1, [1, 1], 1, 1, False, zeros, add %0 a0; max %1 0.0; tf32 %2; out %1 fp32 NLC; out %3 fp32 NLC, [v1], True)
 v4: float32[2, 16, 16] = getitem(v3, 0)
 v5: float32[2, 16, 16] = getitem(v3, 1)
-v6: float32[2, 16, 16] = triton_conv.conv1d_fused.one(v5, in2, None, 1, [2, 2], 2, 1, False, zeros, add a0 %0; out %1 fp32 NCL, [v4], True)
+v6: float32[2, 16, 16] = triton_conv.conv1d_fused.one(v5, in2, None, 1, [2, 2], 2, 1, False, zeros, add %0 a0; out %1 fp32 NCL, [v4], True)
 return [v6]
 """,  # noqa: E501
     )

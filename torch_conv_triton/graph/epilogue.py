@@ -155,13 +155,13 @@ class _Growth:
         """Whether a tensor is computed again here rather than read: then it need not be in memory, or is a small one."""
         if depth == 0 or tensor in self.values or not is_pointwise(tensor) or not _translates(tensor):
             return False
-        inputs = [value(node).dtype.itemsize for node in tensor.all_input_nodes]
-        cheap = _is_constant_over_length(value(tensor)) or (len(inputs) == 1 and inputs[0] < value(tensor).dtype.itemsize)
+        if not _is_cheap(tensor) and set(tensor.users) != {reader}:
+            return False
         # a convolution before it computes it in an epilogue of its own
-        return (cheap or set(tensor.users) == {reader}) and not _follows_convolution(tensor, MOST_INLINED)
+        return not _follows_convolution(tensor, MOST_INLINED) and all(map(self._may_be_operand, self._leaves(tensor, depth - 1)))
 
     def _may_be_operand(self, node: Node) -> bool:
-        tensor = value(node)
+        tensor = node.meta.get("val")
         if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS or tensor.device != self._result.device:
             return False
         pairs = zip(reversed(tensor.shape), reversed(self._result.shape), strict=False)
@@ -232,8 +232,13 @@ def _literal(node: Node) -> float | None:
     return float(number) if isinstance(number, (bool, int, float)) else None
 
 
-def _is_constant_over_length(tensor: Tensor) -> bool:
-    return tensor.dim() == 0 or statically_known_true(tensor.shape[-1] == 1)
+def _is_cheap(node: Node) -> bool:
+    """Whether it is less to compute a pointwise node again than to read it: a parameter of channels, or a wider copy."""
+    tensor = value(node)
+    if tensor.dim() == 0 or statically_known_true(tensor.shape[-1] == 1):
+        return True
+    inputs = [value(source).dtype.itemsize for source in node.all_input_nodes]
+    return len(inputs) == 1 and inputs[0] < tensor.dtype.itemsize
 
 
 def _follows_convolution(node: Node, depth: int) -> bool:
