@@ -35,6 +35,10 @@ class Workload:
     transposed: bool = False
     nlc: bool = False
     full_precision: bool = False
+    # also compile the kernels with a residual, an activation and both values stored
+    fused: bool = False
+    # only so, on an input of TF32 values
+    rounded: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -42,12 +46,14 @@ class Workload:
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 WORKLOADS = (
-    Workload("seed_fp32", (64, 64, 224280), (128, 64, 3), FP32, stride=3, dilation=4),
+    Workload("seed_fp32", (64, 64, 224280), (128, 64, 3), FP32, stride=3, dilation=4, fused=True),
     Workload("seed_fp32_full_precision", (64, 64, 224280), (128, 64, 3), FP32, stride=3, dilation=4, full_precision=True),
     Workload("seed_bf16", (64, 64, 224280), (128, 64, 3), BF16, stride=3, dilation=4),
     Workload("seed_bf16_nlc", (64, 64, 224280), (128, 64, 3), BF16, stride=3, dilation=4, nlc=True),
+    Workload("vocoder_rounded", (8, 64, 38400), (64, 64, 7), FP32, padding=3, nlc=True, rounded=True),
+    Workload("vocoder_rounded_256_channels", (8, 256, 2400), (256, 256, 7), FP32, padding=3, nlc=True, rounded=True),
     Workload("vocoder_32_channels", (8, 32, 153600), (32, 32, 3), FP32, padding=1),
-    Workload("encoder_512_channels", (16, 512, 31999), (512, 512, 3), FP16, stride=2),
+    Workload("encoder_512_channels", (16, 512, 31999), (512, 512, 3), FP16, stride=2, fused=True),
     Workload("raw_audio", (16, 1, 160000), (512, 1, 10), FP16, stride=5),
     Workload("positional", (16, 768, 499), (768, 48, 128), FP16, padding=64, groups=16, nlc=True),
     Workload("positional_fp32", (8, 768, 499), (768, 48, 128), FP32, padding=64, groups=16, nlc=True),
@@ -66,7 +72,7 @@ WORKLOADS = (
     Workload("upsample_phases_apart", (16, 32, 131072), (32, 64, 3), FP32, stride=2, padding=1, dilation=2, transposed=True),
     Workload("depthwise_ncl", (8, 5120, 2048), (5120, 1, 7), BF16, padding=3, groups=5120),
     Workload("depthwise_causal", (8, 5120, 2048), (5120, 1, 4), BF16, padding=3, groups=5120),
-    Workload("depthwise_middle", (16, 512, 1500), (512, 1, 31), BF16, padding=15, groups=512),
+    Workload("depthwise_middle", (16, 512, 1500), (512, 1, 31), BF16, padding=15, groups=512, fused=True),
     Workload("depthwise_fp32", (16, 512, 938), (512, 1, 7), FP32, padding=3, groups=512),
     Workload("depthwise_very_long", (8, 768, 16384), (768, 1, 2048), BF16, padding=1024, groups=768),
     Workload("depthwise_upsample", (1, 192, 9010), (192, 1, 12), FP32, stride=2, groups=192, transposed=True),
@@ -90,14 +96,22 @@ def compiled_kernels(workload: Workload, device: Device, capability: int | None)
     weight = torch.empty(workload.weight, dtype=workload.dtype, device="meta")
     geometry = workload.stride, workload.padding, workload.dilation, workload.groups, workload.transposed
     precision = "tf32" if workload.dtype == FP32 and not workload.full_precision else "ieee"
-    problem = replace(Conv1dProblem.from_tensors(x, weight, None, *geometry), precision=precision)
+    problem = replace(Conv1dProblem.from_tensors(x, weight, None, *geometry), precision=precision, rounded=workload.rounded)
     rows = []
     for plan in dispatch.candidates(problem, device):
         if problem.is_depthwise and not plan.kernel.startswith("depthwise"):
             continue
+        if (workload.fused or workload.rounded) and plan.kernel in dispatch.FUSING and plan.kernel != "dense_persistent":
+            with compile_only(capability) as compiled:
+                _launch_fused(plan, problem, x, weight)
+            rows.append(_row(plan, compiled))
+        if workload.rounded:
+            continue
         with mock.patch.object(dispatch, "device_for", lambda _: device), compile_only(capability) as compiled:
             execute.forward_with(plan, problem, x, weight, None)
         rows.append(_row(plan, compiled))
+    if workload.rounded:
+        return rows
     grad_output = torch.empty((N, problem.C_out, problem.L_out), dtype=workload.dtype, device="meta")
     if workload.nlc:
         grad_output = grad_output.transpose(1, 2).contiguous().transpose(1, 2)
@@ -109,6 +123,14 @@ def compiled_kernels(workload: Workload, device: Device, capability: int | None)
         # the sum of the partial sums comes last
         rows.append(_row(plan, [kernel for kernel in compiled if kernel.name != "sum_partials_kernel"]))
     return rows
+
+
+def _launch_fused(plan: dispatch.Plan, problem: Conv1dProblem, x: torch.Tensor, weight: torch.Tensor) -> None:
+    from torch_conv_triton.kernels.epilogue import Fusion
+
+    y, second, residual = (x.new_empty((problem.N, problem.C_out, problem.L_out)) for _ in range(3))
+    text = "ncl; add %0 a0; mul %1 0.1; gt %1 0.0; where %3 %1 %2; out %4; out %1"
+    execute.launch_kernel(plan, problem, x, weight, None, y, Fusion(text, (second, residual), rounded=problem.rounded))
 
 
 def _row(plan: dispatch.Plan, compiled: list[Compiled]) -> dict:
