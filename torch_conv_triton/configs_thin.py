@@ -141,13 +141,13 @@ def _runs_refusal(problem: Conv1dProblem, device: Device, config: Config) -> str
         return "the outputs of a run share few samples"
     if config.BLOCK_N // config.run < 16 or config.run & (config.run - 1):
         return "a tile has too few channels, or not whole runs"
+    if problem.dtype == torch.float32 and problem.precision == "ieee":
+        return "three products a slice do not leave the registers for the tile that is computed again"
     return None
 
 
 def _prefers_runs(problem: Conv1dProblem) -> bool:
     # p28 0.157 [0.242], 8 x 768 x 499 0.113 [0.134]; in float32 0.252 [0.455]; p31 0.060 [0.120]
-    if problem.dtype == torch.float32 and problem.precision == "ieee":
-        return False
     channels = problem.C_in_per_group, problem.C_out_per_group
     return problem.K >= 16 and min(channels) >= 24 and channels[1] <= 64 and problem.L_out >= 64 and problem.flops > 1e9
 
