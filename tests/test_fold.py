@@ -28,7 +28,7 @@ def after(function, *args, dynamic=False, **options) -> str:
     return captured.after[0]
 
 
-X, W, B = torch.randn(2, 4, 16), torch.randn(6, 4, 3), torch.randn(6)
+X, W, B, SQUARE = torch.randn(2, 4, 16), torch.randn(6, 4, 3), torch.randn(6), torch.randn(6, 6, 3)
 
 
 def folded(text: str) -> bool:
@@ -307,6 +307,16 @@ def test_nothing_is_folded_over_a_write():
         expected = F.conv1d(X, W) + model.state
         torch.testing.assert_close(captured(X), expected, rtol=0, atol=1e-2)
         torch.testing.assert_close(captured(X), expected + 1, rtol=0, atol=1e-2)
+
+
+def test_operators_of_ours_that_the_model_calls_itself_are_left():
+    def function(x):
+        y = F.relu(torch.ops.triton_conv.conv1d(x, W))
+        y = F.relu(F.conv1d(y, SQUARE))
+        return torch.ops.triton_conv.conv1d(y, SQUARE)
+
+    graph = after(function, X)
+    assert graph.count("triton_conv.conv1d.default") == 2 and graph.count("conv1d_fused") == 1 and "tf32" not in graph
 
 
 # training, options, decisions

@@ -34,9 +34,8 @@ def fold(graph: Graph, records: dict[Node, ConvRecord]) -> None:
     The records of the nodes are replaced by those of the calls that stand in for them.
     """
     first_write = next((node for node in graph.nodes if _writes(node)), None)
-    convolutions = [node for target in CONVOLUTIONS for node in graph.find_nodes(op="call_function", target=target)]
     # later ones first: the sum of two convolutions goes to the one that finds both there
-    for node in sorted(convolutions, reverse=True):
+    for node in sorted((node for node in records if node.target in CONVOLUTIONS), reverse=True):
         # what is read after a tensor has been written to may not be read before it
         if first_write is None or node < first_write:
             _fold_one(graph, node, first_write, records)

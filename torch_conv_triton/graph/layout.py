@@ -23,12 +23,12 @@ def choose_layouts(graph: Graph, records: dict[Node, ConvRecord]) -> None:
     The records of the nodes are replaced by those of the calls that stand in for them.
     """
     chosen_by_node: dict[Node, Storage] = {}
-    for node in [node for node in graph.nodes if node.target in (*CONVOLUTIONS, *FUSED)]:
+    for node in sorted(node for node in records if node.target in (*CONVOLUTIONS, *FUSED)):
         before, outputs = OperatorCall.of(node), OperatorCall.outputs(node)
         if len(outputs) < len(before.program.outputs):
             continue
         source = chosen_by_node.get(before.input, Storage("NCL"))
-        chosen = _choose([_Reading.of(*pair) for pair in zip(outputs, before.program.outputs, strict=True)], source)
+        chosen = _choose([_Reading.of(*pair, records) for pair in zip(outputs, before.program.outputs, strict=True)], source)
         call = replace(before, program=_store(before.program, chosen), rounded=source.rounded)
         if call == before or (plan := call.plan()).is_aten:
             continue
@@ -70,10 +70,10 @@ class _Reading:
     float32: bool
 
     @classmethod
-    def of(cls, node: Node, output: Output) -> _Reading:
+    def of(cls, node: Node, output: Output, records: dict[Node, ConvRecord]) -> _Reading:
         inputs, operand, transposed, others = [], False, False, False
         for user in node.users:
-            call = OperatorCall.of(user) if user.target in (*CONVOLUTIONS, *FUSED) else None
+            call = OperatorCall.of(user) if user in records and user.target in (*CONVOLUTIONS, *FUSED) else None
             if call is None or node in (call.weight, call.bias):
                 transposed |= _is_transposition(user)
                 others |= not _is_transposition(user)
