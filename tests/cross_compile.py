@@ -14,6 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -66,7 +67,8 @@ def _compile(kernel: JITFunction, args, kwargs, target: GPUTarget) -> Compiled:
             constexprs[(i,)] = value
         else:
             signature[param.name] = _type(value, (i,), not param.do_not_specialize, constexprs, attrs)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     built = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
         code = built.asm["amdgcn"]

@@ -7,6 +7,7 @@ import torch
 
 from torch_conv_triton import dispatch
 from torch_conv_triton.configs import INTERPRETER, Device
+from torch_conv_triton.configs_halo import HaloShape, halo_config, halo_refusal
 from torch_conv_triton.configs_transposed import transposed_tma_config
 from torch_conv_triton.problem import Conv1dProblem, contiguous_strides, output_length
 from torch_conv_triton.weave import Weave
@@ -55,6 +56,12 @@ CHOICES = {
     "filter bank": (problem((32, 1, 321024), 513, 1024, stride=320, bias=False), "dense_frames"),
     "strided encoder": (ENCODER, "dense_tma"),
     "32 channels in bf16, NLC": (problem((16, 32, 131072), 32, 7, padding=9, dilation=3, dtype=BF16, layout="NLC"), "dense_tma"),
+    "vocoder": (problem((8, 32, 153600), 32, 7, padding=9, dilation=3), "dense_halo"),
+    "vocoder in bf16": (problem((16, 64, 65536), 64, 11, padding=25, dilation=5, dtype=BF16), "dense_halo"),
+    "codec of 96 channels": (problem((8, 96, 131072), 96, 7, padding=27, dilation=9), "dense_halo"),
+    "few taps of many channels": (problem((64, 128, 65536), 128, 3, bias=False), "dense"),
+    "few channels, few positions": (problem((1, 32, 4000), 32, 7, padding=3), "dense"),
+    "few channels transposed at stride 1": (problem((32, 32, 131072), 64, 5, dilation=3, transposed=True), "dense_halo"),
     "vocoder in NLC": (problem((8, 32, 153600), 32, 3, padding=1, layout="NLC"), "dense_persistent"),
     "depthwise, odd rows of y": (
         problem((8, 5120, 2048), 5120, 4, padding=3, groups=5120, dtype=BF16, layout="NLC"),
@@ -108,6 +115,35 @@ def test_a_plan_depends_on_the_device():
     in_nlc = CHOICES["seed in bf16, NLC"][0]
     assert {plan.kernel for plan in dispatch.candidates(in_nlc, RTX4090)} == {"dense"}
     assert {plan.kernel for plan in dispatch.candidates(in_nlc, H200)} == {"dense", "dense_persistent", "dense_tma"}
+
+
+def test_x_is_kept_with_its_halo_only_where_its_rows_are_those_of_all_taps():
+    vocoder = CHOICES["vocoder"][0]
+    changes = {"stride": 2}, {"precision": "ieee"}, {"K": 1}, {"dilation": 50}, {"x_strides": (32 * 153600, 1, 32)}, {"C_in": 40}
+
+    def kernels(problem, device):
+        return {plan.kernel for plan in dispatch.candidates(problem, device)}
+
+    assert "dense_halo" in kernels(vocoder, H200)
+    for device in (RTX4090, INTERPRETER, replace(H200, capability=100)):
+        assert "dense_halo" not in kernels(vocoder, device), device
+    for change in changes:
+        assert "dense_halo" not in kernels(replace(vocoder, **change), H200), change
+
+
+@pytest.mark.parametrize("K, dilation, padding", [(3, 1, 1), (7, 3, 9), (11, 5, 25), (41, 1, 0), (4, 9, -3)])
+@pytest.mark.parametrize("L_in", [4000, 4001, 4002])
+@pytest.mark.parametrize("C_in, C_out", [(32, 16), (64, 64), (64, 128), (96, 96), (128, 40)])
+def test_a_tile_with_its_halo_holds_what_its_outputs_read(C_in, C_out, L_in, K, dilation, padding):
+    few = problem((8, C_in, L_in), C_out, K, dilation=dilation, padding=padding)
+    config = halo_config(few)
+    shape = HaloShape.of(few, config)
+    assert halo_refusal(few, H200, config) is None
+    assert L_in % shape.x_vector == (padding + shape.lead) % shape.x_vector == 0 and 0 <= shape.lead < shape.x_vector
+    assert few.L_out % shape.y_vector == shape.step % shape.y_vector == 0
+    last = shape.step - 1 + shape.lead + (K - 1) * dilation
+    assert shape.step > 0 and last < config.BLOCK_M <= last + 17
+    assert (shape.shared_memory + 1024) * config.programs_per_sm <= 228 * 1024
 
 
 def test_beyond_two_to_the_31_elements_a_faster_aten_is_no_reason():

@@ -36,7 +36,7 @@ SEED = problems((64, 64, 224280), 128, 3, stride=3, dilation=4)
 CHOICES = {
     "seed": (SEED, "transposed", "weight_grad"),
     "seed in bf16": (problems((64, 64, 224280), 128, 3, BF16, stride=3, dilation=4), "aten", "weight_grad"),
-    "vocoder": (problems((16, 32, 131072), 32, 7, padding=9, dilation=3), "dense", "weight_grad"),
+    "vocoder": (problems((16, 32, 131072), 32, 7, padding=9, dilation=3), "dense_halo", "weight_grad"),
     "strided encoder": (problems((16, 512, 31999), 512, 3, FP16, stride=2), "transposed_tma", "weight_grad"),
     "many products": (problems((8, 256, 6880), 256, 11, padding=5), "dense_tma", "weight_grad_rows"),
     "many products of few positions": (problems((2, 512, 600), 512, 5, padding=2), "aten", "aten_nhwc"),

@@ -21,6 +21,7 @@ from torch_conv_triton.configs import (
     tma_config,
 )
 from torch_conv_triton.configs_depthwise import depthwise_choices, skewed_refusal, toeplitz_refusal
+from torch_conv_triton.configs_halo import halo_config, halo_refusal, halo_wins
 from torch_conv_triton.configs_thin import THIN, thin_choices, thin_refusal
 from torch_conv_triton.configs_transposed import (
     WIDEST,
@@ -44,6 +45,7 @@ FUSING = (
     "dense_persistent",
     "dense_runs",
     "dense_tma",
+    "dense_halo",
     "transposed",
     "transposed_interleaved",
     "transposed_tma",
@@ -210,13 +212,15 @@ def plan_refusal(plan: Plan, problem: Conv1dProblem, device: Device) -> str | No
     config = plan.config
     if config is None or all(plan.kernel != candidate.kernel for candidate in candidates(problem, device)):
         return f"no kernel {plan.kernel} computes this problem"
-    plain = _as_plain(problem) if problem.transposed and plan.kernel.startswith("dense") else problem
+    plain = as_plain(problem) if problem.transposed and plan.kernel.startswith("dense") else problem
     weave = Weave.of(problem.K, problem.stride, problem.dilation) if problem.transposed else None
     together = plan.kernel in ("transposed_interleaved", "transposed_tma")
     if together and weave.spacing > 1 and config.BLOCK_N % weave.rows(problem.C_in_per_group):
         return "a tile ends between the phases of a channel"
     if plan.kernel == "dense_tma":
         return tma_refusal(plain, device, config) or config_refusal(config, plain, device)
+    if plan.kernel == "dense_halo":
+        return halo_refusal(plain, device, config)
     if plan.kernel == "transposed_tma":
         return transposed_tma_refusal(problem, weave, device, config) or config_refusal(config, problem, device)
     if plan.kernel == "dense_persistent" and not stays_resident(config, plain, device):
@@ -282,6 +286,10 @@ def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
         wins = problem.layout == "NLC" and (config.BLOCK_N <= 32) == (problem.dtype.itemsize == 4) and not problem.rounded
         plan = Plan("dense_persistent", config, "the weights stay in shared memory while a program walks over tiles")
         ranked.append((3 if wins else 0, plan))
+    config = halo_config(problem)
+    if not halo_refusal(problem, device, config):
+        plan = Plan("dense_halo", config, "a tile of x with its halo is read once for all taps")
+        ranked.append((4 if halo_wins(problem, device, config) else 0, plan))
     for wins, *choice in thin_choices(problem, device):
         ranked.append((4 if wins else 0, Plan(*choice)))
     return [plan for _, plan in sorted(ranked, key=lambda pair: pair[0])]
@@ -295,7 +303,7 @@ def _transposed_by_preference(problem: Conv1dProblem, device: Device) -> list[Pl
     if interleaved_refusal(problem, weave):
         return [general]
     plans = [general]
-    plain = _as_plain(problem)
+    plain = as_plain(problem)
     if plain:
         plans += [replace(p, reason=f"stride 1: a plain convolution; {p.reason}") for p in _by_preference(plain, device)]
     else:
@@ -323,7 +331,7 @@ def _is_better_plain(plain: Conv1dProblem, plan: Plan) -> bool:
     return plan.kernel == "dense_tma" and min(plain.C_in, plain.C_out) < 512
 
 
-def _as_plain(problem: Conv1dProblem) -> Conv1dProblem | None:
+def as_plain(problem: Conv1dProblem) -> Conv1dProblem | None:
     """The plain convolution, channels exchanged and taps reversed, that a transposed one of stride 1 is; None if it is none."""
     reach = problem.dilation * (problem.K - 1)
     padding = reach - problem.padding

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_conv_triton import dispatch
 from torch_conv_triton.calls import Call, remember, run, signature
+from torch_conv_triton.configs_halo import HaloShape
 from torch_conv_triton.dispatch import Plan
 from torch_conv_triton.problem import Conv1dProblem, check_arguments, current_precision, layout_of
 
@@ -180,6 +181,12 @@ def launch_kernel(
         from torch_conv_triton.kernels.dense_tma import conv1d_dense_tma
 
         conv1d_dense_tma(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, config, fusion)
+    elif plan.kernel == "dense_halo":
+        from torch_conv_triton.kernels.dense_halo import conv1d_dense_halo
+
+        shape = HaloShape.of(dispatch.as_plain(p) if p.transposed else p, config)
+        programs = dispatch.device_for(x.device).sm_count * config.programs_per_sm
+        conv1d_dense_halo(x, weight, bias, y, padding, p.dilation, tf32, shape, programs, config, fusion)
     else:
         from torch_conv_triton.kernels.dense import conv1d_dense
 

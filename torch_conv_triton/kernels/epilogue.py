@@ -125,7 +125,7 @@ def place(argument, OPERANDS):
 def resolve(known, ARGUMENT: tl.constexpr, OPERANDS: tl.constexpr):
     """The tile, row, column or number that an argument stands for."""
     if is_number(ARGUMENT):
-        return tl.full((), number(ARGUMENT), tl.float32)
+        return tl.cast(number(ARGUMENT), tl.float32)
     else:
         return known[place(ARGUMENT, OPERANDS)]
 

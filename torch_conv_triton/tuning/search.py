@@ -17,6 +17,7 @@ from types import ModuleType
 from torch_conv_triton import dispatch, dispatch_gradients
 from torch_conv_triton.configs import Config, Device, gemm_config
 from torch_conv_triton.configs_gradients import WeightGradConfig
+from torch_conv_triton.configs_halo import RING_SLOTS
 from torch_conv_triton.dispatch import ATEN, Plan
 from torch_conv_triton.problem import Conv1dProblem, ceil_pow2, layout_of
 
@@ -131,6 +132,21 @@ def _dense_persistent(problem: Conv1dProblem, device: Device, start: Config, acc
         programs_per_sm=(1, 2),
         weights_left=(False, True),
     )
+
+
+def _dense_halo(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
+    # weights that stay leave the fewest steps, those that pass through leave room for larger tiles and more programs
+    for slots in {start.num_stages, problem.K * (problem.C_in // start.BLOCK_K), RING_SLOTS}:
+        yield from nearest(
+            replace(start, num_stages=slots),
+            8,
+            accepted,
+            BLOCK_M=(128, 256, 512),
+            num_warps=(4, 8),
+            programs_per_sm=(1, 2, 3, 4),
+            weights_left=(False, True),
+            prefetch=(False, True),
+        )
 
 
 def _transposed(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
@@ -374,6 +390,7 @@ _STEPS: dict[str, Callable[[Conv1dProblem, Device, Config, Callable[[Config], bo
     "dense_frames": _frames,
     "dense_runs": _runs_of_outputs,
     "dense_skewed": _skewed,
+    "dense_halo": _dense_halo,
     "transposed": _transposed,
     "transposed_interleaved": _interleaved,
     "transposed_tma": _transposed_tma,
