@@ -175,14 +175,13 @@ def conv1d_dense_runs_fwd_kernel(
         )
     else:
         BLOCK_O: tl.constexpr = BLOCK_N // RUN
-        o = tile_n * BLOCK_O + tl.arange(0, BLOCK_O)
         for i in range(RUN):
             exact = implicit_gemm(
                 x_rows,
                 w_ptr,
                 l_out + (i - padding),
                 row_mask,
-                o,
+                tile_n * BLOCK_O + tl.arange(0, BLOCK_O),
                 K,
                 L_in,
                 C_OUT,
@@ -209,7 +208,7 @@ def conv1d_dense_runs_fwd_kernel(
                 l_out + i,
                 row_mask & (l_out + i < L_out),
                 widen(group, INT64) * C_OUT,
-                o,
+                tile_n * BLOCK_O,
                 C_OUT,
                 b_ptr,
                 y_ptr,
