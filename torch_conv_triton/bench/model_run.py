@@ -24,6 +24,7 @@ from torch_conv_triton.bench.run import provenance, require_gpu
 from torch_conv_triton.bench.suite import DTYPES
 from torch_conv_triton.bench.timing import in_words, repeats_within
 from torch_conv_triton.bench.worker import Here, Worker, WorkerError
+from torch_conv_triton.dispatch import ATEN
 
 WAYS = ("eager", "torch.compile", "triton_conv")
 # of a model of many layers: how much worse than PyTorch's own error ours may be
@@ -167,7 +168,7 @@ def measure_model(name: str, dtype: str, *, size: str, train: bool, rounds: int,
         message,
         convolutions=len(report.records),
         rewritten=len(report.rewritten),
-        by_our_kernels=sum(record.kernel != "aten" for record in report.records),
+        by_our_kernels=sum(record.kernel not in ATEN for record in report.records),
         graph_breaks=report.graph_breaks,
         ways=ways,
     )
