@@ -57,7 +57,6 @@ WORKLOADS = (
     Workload("vocoder_64_channels", (8, 64, 38400), (64, 64, 11), FP32, padding=25, dilation=5),
     Workload("vocoder_32_channels_bf16", (16, 32, 131072), (32, 32, 7), BF16, padding=9, dilation=3),
     Workload("codec_96_channels", (8, 96, 131072), (96, 96, 7), FP32, padding=27, dilation=9),
-    Workload("encoder_512_channels", (16, 512, 31999), (512, 512, 3), FP16, stride=2),
     Workload("raw_audio", (16, 1, 160000), (512, 1, 10), FP16, stride=5),
     Workload("positional", (16, 768, 499), (768, 48, 128), FP16, padding=64, groups=16, nlc=True),
     Workload("positional_fp32", (8, 768, 499), (768, 48, 128), FP32, padding=64, groups=16, nlc=True),
