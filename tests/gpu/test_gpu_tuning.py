@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_conv_triton import dispatch, execute, reference, testing
+from torch_conv_triton import dispatch, dispatch_gradients, execute, gradients, reference, testing
 from torch_conv_triton.bench.suite import case_from_shape
 from torch_conv_triton.cli import main
 from torch_conv_triton.configs import Config
@@ -26,11 +26,15 @@ CASE = case_from_shape("4x64x300", "32x64x3", padding=1, bias=True, dtype="fp16"
 def own_tables(tmp_path, monkeypatch):
     """Tables in a directory of their own."""
     monkeypatch.setenv(tables.CACHE_VARIABLE, str(tmp_path))
-    tables.forget()
-    execute.forget_plans()
+    forget()
     yield
+    forget()
+
+
+def forget():
     tables.forget()
     execute.forget_plans()
+    gradients.forget_plans()
 
 
 @pytest.fixture
@@ -56,6 +60,20 @@ def test_a_problem_is_tuned_once_and_then_runs_by_the_table(device, few_plans):
     assert outcome.entry.ms > 0 and outcome.entry.aten_ms > 0
     plan = dispatch.plan(problem, gpu)
     assert (plan.kernel, plan.config, plan.tuned) == (outcome.entry.kernel, outcome.entry.config, True)
+
+
+def test_the_gradients_of_a_case_are_tuned_apart(device, few_plans):
+    gpu = dispatch.device_for(device)
+    problems = [(problem.kind, problem) for problem in CASE.gradient_problems()]
+    with Workers(device, jobs=2) as laboratory:
+        outcomes = list(tune(problems, gpu, tables.user_path(gpu.name), laboratory))
+    assert [(outcome.name, outcome.status, outcome.wrong) for outcome in outcomes] == [
+        ("input_grad", "tuned", ()),
+        ("weight_grad", "tuned", ()),
+    ]
+    plans = dispatch_gradients.plan_input_grad(problems[0][1], gpu), dispatch_gradients.plan_weight_grad(problems[1][1], gpu)
+    for plan, outcome in zip(plans, outcomes, strict=True):
+        assert (plan.kernel, plan.config, plan.tuned) == (outcome.entry.kernel, outcome.entry.config, True)
 
 
 def test_a_plan_that_cannot_run_costs_itself(device):
