@@ -136,10 +136,10 @@ def _dense_persistent(problem: Conv1dProblem, device: Device, start: Config, acc
 
 def _dense_halo(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
     # weights that stay leave the fewest steps, those that pass through leave room for larger tiles and more programs
-    for slots in {start.num_stages, problem.K * (problem.C_in // start.BLOCK_K), RING_SLOTS}:
+    for slots in sorted({start.num_stages, problem.K * (problem.C_in // start.BLOCK_K), RING_SLOTS}):
         yield from nearest(
             replace(start, num_stages=slots),
-            8,
+            6,
             accepted,
             BLOCK_M=(128, 256, 512),
             num_warps=(4, 8),
