@@ -21,16 +21,16 @@ def fresh_dynamo():
 class Vocoder(nn.Module):
     """HiFi-GAN: up-sampling, residual blocks of dilated convolutions that are summed, leaky ReLU between."""
 
-    def __init__(self):
+    def __init__(self, C=8):
         super().__init__()
-        self.first = nn.Conv1d(6, 16, 7, padding=3)
-        self.up = nn.ConvTranspose1d(16, 8, 4, stride=2, padding=1)
-        self.blocks = nn.ModuleList(nn.ModuleList(self._block(K, d) for d in (1, 3)) for K in (3, 5))
-        self.last = nn.Conv1d(8, 1, 7, padding=3)
+        self.first = nn.Conv1d(6, 2 * C, 7, padding=3)
+        self.up = nn.ConvTranspose1d(2 * C, C, 4, stride=2, padding=1)
+        self.blocks = nn.ModuleList(nn.ModuleList(self._block(C, K, d) for d in (1, 3)) for K in (3, 5))
+        self.last = nn.Conv1d(C, 1, 7, padding=3)
 
     @staticmethod
-    def _block(K, d):
-        return nn.ModuleList(nn.Conv1d(8, 8, K, padding=(K - 1) // 2 * d, dilation=d) for d in (d, 1))
+    def _block(C, K, d):
+        return nn.ModuleList(nn.Conv1d(C, C, K, padding=(K - 1) // 2 * d, dilation=d) for d in (d, 1))
 
     def forward(self, x):
         x = self.up(F.leaky_relu(self.first(x), 0.1))
@@ -46,12 +46,12 @@ class Vocoder(nn.Module):
 class Codec(nn.Module):
     """DAC's residual unit with Snake, between a strided and a transposed convolution."""
 
-    def __init__(self):
+    def __init__(self, C=8):
         super().__init__()
-        self.alphas = nn.ParameterList(torch.rand(1, 8, 1) + 0.5 for _ in range(3))
-        self.down = nn.Conv1d(1, 8, 4, stride=2, padding=1)
-        self.one, self.two = nn.Conv1d(8, 8, 7, padding=9, dilation=3), nn.Conv1d(8, 8, 1)
-        self.up = nn.ConvTranspose1d(8, 1, 4, stride=2, padding=1)
+        self.alphas = nn.ParameterList(torch.rand(1, C, 1) + 0.5 for _ in range(3))
+        self.down = nn.Conv1d(1, C, 4, stride=2, padding=1)
+        self.one, self.two = nn.Conv1d(C, C, 7, padding=9, dilation=3), nn.Conv1d(C, C, 1)
+        self.up = nn.ConvTranspose1d(C, 1, 4, stride=2, padding=1)
 
     def _snake(self, i, x):
         return x + (self.alphas[i] + 1e-9).reciprocal() * torch.sin(self.alphas[i] * x).pow(2)
@@ -65,11 +65,11 @@ class Codec(nn.Module):
 class CausalNetwork(nn.Module):
     """A TCN that pads both sides and cuts the end, one convolution that pads the start alone, and a residual."""
 
-    def __init__(self):
+    def __init__(self, C=8):
         super().__init__()
-        self.one = nn.Conv1d(4, 8, 3, padding=4, dilation=2)
-        self.two = nn.Conv1d(8, 8, 3, dilation=4)
-        self.side = nn.Conv1d(4, 8, 1)
+        self.one = nn.Conv1d(4, C, 3, padding=4, dilation=2)
+        self.two = nn.Conv1d(C, C, 3, dilation=4)
+        self.side = nn.Conv1d(4, C, 1)
 
     def forward(self, x):
         y = F.relu(self.one(x)[..., : x.shape[-1]])
@@ -80,13 +80,13 @@ class CausalNetwork(nn.Module):
 class ConformerModule(nn.Module):
     """Pointwise, GLU, depthwise, batch norm, SiLU, pointwise; channels-last outside."""
 
-    def __init__(self):
+    def __init__(self, C=8):
         super().__init__()
         self.norm = nn.LayerNorm(8)
-        self.one = nn.Conv1d(8, 16, 1)
-        self.depthwise = nn.Conv1d(8, 8, 9, padding=4, groups=8)
-        self.batch_norm = nn.BatchNorm1d(8)
-        self.two = nn.Conv1d(8, 8, 1)
+        self.one = nn.Conv1d(8, 2 * C, 1)
+        self.depthwise = nn.Conv1d(C, C, 9, padding=4, groups=C)
+        self.batch_norm = nn.BatchNorm1d(C)
+        self.two = nn.Conv1d(C, 8, 1)
 
     def forward(self, x):
         y = F.glu(self.one(self.norm(x.mT).mT), dim=1)
@@ -96,11 +96,11 @@ class ConformerModule(nn.Module):
 class PaddedCodec(nn.Module):
     """Encodec: padding by reflection (and by the other modes), ELU, residuals, a transposed convolution that is cut."""
 
-    def __init__(self):
+    def __init__(self, C=8):
         super().__init__()
-        self.first, self.second = nn.Conv1d(4, 8, 7), nn.Conv1d(8, 8, 3)
-        self.third = nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular")
-        self.up = nn.ConvTranspose1d(8, 4, 4, stride=2)
+        self.first, self.second = nn.Conv1d(4, C, 7), nn.Conv1d(C, C, 3)
+        self.third = nn.Conv1d(C, C, 3, padding=1, padding_mode="circular")
+        self.up = nn.ConvTranspose1d(C, 4, 4, stride=2)
 
     def forward(self, x):
         x = self.first(F.pad(x, (6, 0), mode="reflect"))
@@ -167,6 +167,18 @@ def test_lengths_that_change(build, shape, folds, layers):
             assert_close(compiled(x), model.double()(x.double()).float(), 2 * layers)
             model.float()
     assert captured.frame_count == 1
+
+
+def test_frozen_weights_and_batch_norm():
+    model, x = (
+        nn.Sequential(nn.Conv1d(4, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 4, 3)).eval(),
+        torch.randn(2, 4, 20),
+    )
+    # Dynamo looks at the setting too, before options of a compilation apply
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        captured = Captured(model)
+        assert_close(captured(x), model.double()(x.double()).float(), 4)
+    assert "max %0 0.0; tf32 %1; out %2 fp32 NCL" in captured.after[0] and captured.after[0].count("conv1d_fused") == 2
 
 
 @pytest.mark.parametrize("name", ["vocoder", "padded codec"])
