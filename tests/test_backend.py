@@ -137,7 +137,8 @@ def test_compilations_by_inductor_are_as_they_were():
 ERRORS = {
     "unknown option of ours": (
         {"triton_conv.gradient": False},
-        "unknown option triton_conv.gradient; known options are triton_conv.gradients, triton_conv.fold, triton_conv.layout, triton_conv.tune",
+        "unknown option triton_conv.gradient; known options are triton_conv.gradients, triton_conv.fold, triton_conv.layout, "
+        "triton_conv.tune",
     ),
     "option of ours of the wrong type": (
         {"triton_conv.gradients": "no"},

@@ -40,8 +40,8 @@ CHOICES = {
     "strided encoder": (problems((16, 512, 31999), 512, 3, FP16, stride=2), "transposed_tma", "weight_grad"),
     "many products": (problems((8, 256, 6880), 256, 11, padding=5), "dense_tma", "weight_grad_rows"),
     "many products of few positions": (problems((2, 512, 600), 512, 5, padding=2), "aten", "aten_nhwc"),
-    "to one channel": (problems((8, 32, 220160), 1, 7, padding=3), "dense", "weight_grad"),
-    "positional": (problems((16, 768, 499), 768, 128, FP16, padding=64, groups=16), "dense", "weight_grad"),
+    "to one channel": (problems((8, 32, 220160), 1, 7, padding=3), "dense_few_inputs", "weight_grad"),
+    "positional": (problems((16, 768, 499), 768, 128, FP16, padding=64, groups=16), "dense_runs", "weight_grad"),
     "raw audio": (problems((16, 1, 160000), 512, 10, FP16, stride=5), "transposed_interleaved", "weight_grad"),
     "causal, NLC": (
         problems((8, 5120, 2048), 5120, 4, BF16, layout="NLC", padding=3, groups=5120), "depthwise*", "weight_grad_depthwise",
@@ -124,7 +124,7 @@ def test_what_is_rounded_is_refused_as_rows_in_full_float32():
 
 def test_beyond_two_to_the_31_elements_a_faster_aten_is_no_reason():
     huge = problems((1, 4, 2**29 + 4100), 4, 1)
-    assert dispatch_gradients.plan_input_grad(huge[0], H200).kernel == "dense"
+    assert dispatch_gradients.plan_input_grad(huge[0], H200).kernel == "dense_few_outputs"
     assert dispatch_gradients.plan_weight_grad(huge[1], H200).kernel == "weight_grad"
 
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
 

@@ -77,7 +77,8 @@ def weight_grad_faster_in_aten(problem: Conv1dProblem) -> str | None:
         return POINTWISE if problem.dtype.itemsize == 2 or problem.L_in % 4 == 0 else None
     few = problem.N * problem.L_out < 100_000
     if problem.dtype.itemsize == 2:
-        # p10 0.33 [0.27, all gradients on channels-last views 0.33]; p08 (512 000 positions) 1.24 [1.29], p16 (dilated) 0.21 [0.28]
+        # p10 0.33 [0.27, all gradients on channels-last views 0.33]; p08 (512 000 positions) 1.24 [1.29]; p16 (dilated) 0.21
+        # [0.28]
         return CHANNELS_LAST if few and problem.dilation == 1 else None
     if prefers_rows(problem):
         # p14 0.52 [0.75], p09 0.61 [0.71], p05 0.70 [0.76]; with less to sum 128 -> 128 K7 of 8 x 9600 0.172 [0.165]

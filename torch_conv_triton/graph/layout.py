@@ -112,11 +112,15 @@ def _choose(readings: list[_Reading], source: Storage) -> list[Storage]:
 def _reads_better_channels_last(call: OperatorCall, rounded: bool) -> bool:
     """Whether a convolution is faster on channels-last input; the one place where that is decided.
 
-    Measured on an H200, convolutions of HiFi-GAN with a leaky ReLU, ms from NCL and from rounded NLC: 32 channels K3 .142 and
-    .118, K11 .334 and .258; 64 channels K7 .146 and .103; 128 channels K11 .126 and .104. Float32 that has yet to be rounded
-    gains nothing but the copy that some kernels make first. The layout of the output makes no difference.
+    Measured on an H200, convolutions of HiFi-GAN with a leaky ReLU, ms gathered from NCL and from rounded NLC: 32 channels K3
+    .142 and .118, K11 .334 and .258; 64 channels K7 .146 and .103; 128 channels K11 .126 and .104. A tile of NCL in shared memory
+    is better still for few channels: 32 channels K3 .087, K11 .167; 64 channels K11 .126 against .150; but 128 channels K7 .086
+    against .077. Float32 that has yet to be rounded gains nothing but the copy that some kernels make first. The layout of the
+    output makes no difference.
     """
     plan = call.plan_reading("NCL", rounded)
+    if plan.kernel == "dense_halo" and call.problem().C_in < 128:
+        return False
     if plan.config is not None and plan.config.copy_to_nlc:
         return True
     problem = call.problem()
