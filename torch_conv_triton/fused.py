@@ -154,6 +154,8 @@ def supports(*arguments) -> bool:
 def compute_conv1d_fused(
     input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode, epilogue, operands, rounded
 ):
+    # models compiled ahead of time hand over an empty list of tensors as None
+    operands = operands or []
     geometry = stride, *padding, dilation, groups, transposed, padding_mode, epilogue, rounded, current_precision(input.dtype)
     if bias is not None:
         bias = bias.contiguous()
