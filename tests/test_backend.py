@@ -57,7 +57,7 @@ assert not any(name.startswith("torch_conv_triton") for name in sys.modules)
 with torch.no_grad():
     y = torch.compile(model, backend="triton_conv", options={"fx_graph_cache": False})(x)
 torch.testing.assert_close(y, model(x), rtol=2e-3, atol=2e-3)
-print("torch_conv_triton.kernels.dense" in sys.modules)
+print(any(name.startswith("torch_conv_triton.kernels.dense") for name in sys.modules))
 """)
     assert printed == "True\n"
 
