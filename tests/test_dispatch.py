@@ -249,7 +249,7 @@ def test_rounded_float32_is_read_in_block_copies_without_a_copy_of_it(found, ker
 
 
 def test_a_fused_problem_has_the_plan_of_the_problem_alone_where_that_kernel_fuses():
-    alone = problem((8, 128, 9600), 128, 7, padding=3)
+    alone = problem((8, 256, 9600), 256, 7, padding=3)
     assert dispatch.fused_plan(alone, H200) == dispatch.plan(alone, H200)
     causal = problem((8, 512, 2048), 512, 4, padding=3, groups=512, dtype=torch.bfloat16)
     whole = replace(causal, padding_end=0, y_strides=contiguous_strides(512, 2048))

@@ -85,6 +85,7 @@ NOT_PADDING = {
     "reflection before zeros": lambda x: F.conv1d(F.pad(x, (2, 2), mode="reflect"), W, padding=1),
     "of a transposed convolution": lambda x: F.conv_transpose1d(F.pad(x, (2, 0)), W.mT.reshape(4, 6, 3)),
     "another index": lambda x: F.conv1d(x[:, :, torch.arange(16).flip(0)], W),
+    "by a mode, where one output channel reads whole vectors": lambda x: F.conv1d(F.pad(x, (2, 3), mode="reflect"), W[:1]),
     "two lengths": lambda x: F.conv1d(x[:, :, torch.arange(-2, 16).abs().clamp(0, 14)], W),
 }
 

@@ -84,8 +84,7 @@ def test_every_kernel_runs_programs(name, dtype, first, only):
 
 
 def test_the_families_are_all_of_those_that_fuse():
-    # the interpreter does not run Gluon
-    assert set(map(kernel_of, FAMILIES)) == set(dispatch.FUSING) - {"dense_halo"}
+    assert set(map(kernel_of, FAMILIES)) == set(dispatch.FUSING)
 
 
 def test_only_kernels_that_gather_are_asked_to_pad_by_a_mode():

@@ -88,7 +88,7 @@ def test_x_that_is_part_of_a_larger_tensor(dtype):
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
 def test_it_runs_programs(case, dtype, first, monkeypatch):
     monkeypatch.setattr(fused, "_calls", {})
-    monkeypatch.setattr(dispatch, "fused_plan", lambda problem, device: Plan("dense_halo", halo_config(problem), ""))
+    monkeypatch.setattr(dispatch, "fused_plan", lambda problem, *_: Plan("dense_halo", halo_config(problem), ""))
     second = "NLC" if first == "NCL" else "NCL"
     N, C, L = case.output_shape
     text = f"{PROGRAM}; out %6 {dtype_name(dtype)} {first}; out %1 fp32 {second}"
