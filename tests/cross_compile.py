@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -69,14 +70,18 @@ def _compile(kernel: JITFunction, args, kwargs, target: GPUTarget) -> Compiled:
             signature[param.name] = _type(value, (i,), not param.do_not_specialize, constexprs, attrs)
     kind = GluonASTSource if kernel.is_gluon() else ASTSource
     source = kind(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    built = triton.compile(source, target=target, options=options)
+    with triton.knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as log:
+        triton.knobs.nvidia.dump_ptxas_log = True
+        built = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
         code = built.asm["amdgcn"]
         spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1])
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
         return Compiled(kernel.__name__, built.metadata.shared, registers, 4 * spills, code.count("v_mfma"), "")
     ptx = built.asm["ptx"]
-    registers, spills = _resources(ptx, target.arch)
+    # what was compiled before comes from a cache, without a report
+    report = log.getvalue() or _assembled(ptx, target.arch)
+    registers, spills = int(re.search(r"Used (\d+) registers", report)[1]), int(re.search(r"(\d+) bytes spill stores", report)[1])
     tensor_core_ops = sum(ptx.count(op) for op in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
     return Compiled(kernel.__name__, built.metadata.shared, registers, spills, tensor_core_ops, ptx)
 
@@ -99,12 +104,12 @@ def _type(value, path: tuple[int, ...], specialised: bool, constexprs: dict, att
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _resources(ptx: str, capability: int) -> tuple[int, int]:
+def _assembled(ptx: str, capability: int) -> str:
+    """What the assembler reports of a kernel."""
     target = re.search(r"\.target\s+(sm_\w+)", ptx)[1]
     ptxas = BINARIES / ("ptxas-blackwell" if capability >= 100 else "ptxas")
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         command = [ptxas, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return int(re.search(r"Used (\d+) registers", report)[1]), int(re.search(r"(\d+) bytes spill stores", report)[1])
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr

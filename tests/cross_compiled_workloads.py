@@ -1,8 +1,8 @@
 """Print, as JSON, what the compiler makes of the kernels that real calls run.
 
-The argument says which: ``heuristics`` for each NVIDIA architecture, ``gfx942`` for an AMD one, or ``tables``, the entries of the
-shipped tables. A program of its own because tests without a GPU run kernels in the interpreter, and a process either
-interprets or compiles, for one maker of GPUs.
+The first argument says which: ``heuristics`` for each NVIDIA architecture, ``gfx942`` for an AMD one, or ``tables``, the entries
+of the shipped tables. The other two say which part of how many. A program of its own because tests without a GPU run kernels in
+the interpreter, and a process either interprets or compiles, for one maker of GPUs.
 """
 
 import json
@@ -141,10 +141,10 @@ def _row(plan: dispatch.Plan, compiled: list[Compiled]) -> dict:
     return {"plan": f"{plan.kernel} {plan.config}", "kernel": plan.kernel, "compiled": kernels}
 
 
-def tuned_kernels() -> dict[str, list[dict]]:
+def tuned_kernels(part: slice) -> dict[str, list[dict]]:
     """The plan of each entry of the H200's table that a case of the suite has, with the kernels it launches, by key."""
     found = {}
-    for case in load_suite():
+    for case in load_suite()[part]:
         x, weight, bias = case.tensors("meta")
         problem = case.problem()
         plan = dispatch.tuned_plan(problem, H200)
@@ -158,17 +158,18 @@ def tuned_kernels() -> dict[str, list[dict]]:
     return found
 
 
-def on_nvidia() -> dict[str, dict[int, list[dict]]]:
+def on_nvidia(part: slice) -> dict[str, dict[int, list[dict]]]:
     devices = {c: Device(f"sm_{c}", c, sm_count=128, shared_memory=memory) for c, memory in SHARED_MEMORY.items()}
-    return {str(w): {c: compiled_kernels(w, device, c) for c, device in devices.items()} for w in WORKLOADS}
+    return {str(w): {c: compiled_kernels(w, device, c) for c, device in devices.items()} for w in WORKLOADS[part]}
 
 
-def on_amd() -> dict[str, list[dict]]:
+def on_amd(part: slice) -> dict[str, list[dict]]:
     # kernels ask it when they are imported, which launching them does
     torch.version.hip = "6.0"
-    return {str(w): compiled_kernels(w, GFX942, None) for w in WORKLOADS}
+    return {str(w): compiled_kernels(w, GFX942, None) for w in WORKLOADS[part]}
 
 
 if __name__ == "__main__":
     what = {"heuristics": on_nvidia, "gfx942": on_amd, "tables": tuned_kernels}
-    json.dump(what[sys.argv[1]](), sys.stdout)
+    part = slice(int(sys.argv[2]), None, int(sys.argv[3]))
+    json.dump(what[sys.argv[1]](part), sys.stdout)

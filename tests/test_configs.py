@@ -1,5 +1,6 @@
 """Heuristic configs fit every supported GPU: compiled for it, they keep within its memory and registers and use tensor cores."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -26,21 +27,38 @@ ON_CUDA_CORES = (
 )
 
 
-def compiled(what: str) -> dict:
-    script = Path(__file__).with_name("cross_compiled_workloads.py")
+PROCESSES = 2
+
+
+def compiled(what: str, folder: Path) -> dict:
+    """What the program of this name prints; for all workers of a test run, which share the folder, it runs once."""
+    script, result = Path(__file__).with_name("cross_compiled_workloads.py"), folder / f"{what}.json"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    result = subprocess.run([sys.executable, script, what], env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(result.stdout)
+    with open(folder / f"{what}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.exists():
+            commands = [[sys.executable, script, what, str(part), str(PROCESSES)] for part in range(PROCESSES)]
+            running = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands]
+            printed = [process.communicate()[0] for process in running]
+            assert not any(process.returncode for process in running)
+            result.write_text(json.dumps({name: rows for part in printed for name, rows in json.loads(part).items()}))
+    return json.loads(result.read_text())
 
 
-@pytest.fixture(scope="module")
-def plans():
-    return compiled("heuristics")
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
-@pytest.fixture(scope="module")
-def plans_on_amd():
-    return compiled("gfx942")
+@pytest.fixture(scope="session")
+def plans(folder):
+    return compiled("heuristics", folder)
+
+
+@pytest.fixture(scope="session")
+def plans_on_amd(folder):
+    return compiled("gfx942", folder)
 
 
 def check_resources(rows: list[dict], shared_memory: int) -> None:
@@ -64,8 +82,8 @@ def test_kernels_compile_for_amd_too(plans_on_amd, workload):
     check_resources(plans_on_amd[str(workload)], LOCAL_MEMORY_GFX942)
 
 
-def test_every_entry_of_the_shipped_table_fits_the_gpu_it_was_tuned_on():
-    rows = compiled("tables")
+def test_every_entry_of_the_shipped_table_fits_the_gpu_it_was_tuned_on(folder):
+    rows = compiled("tables", folder)
     # an entry that no case of the suite has would go unchecked
     assert rows.keys() == tables.parse(tables.read(tables.shipped_path(H200.name))).keys()
     for found in rows.values():
