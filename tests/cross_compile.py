@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int16: "i16", torch.int32: "i32"}
+from torch_conv_triton.kernels.builds import Build
+
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 # bytes of shared memory one block may use
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -58,21 +55,9 @@ def compile_only(capability: int | None):
 
 
 def _compile(kernel: JITFunction, args, kwargs, target: GPUTarget) -> Compiled:
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
-    signature, constexprs, attrs = {}, {}, {}
-    values = dict(zip((p.name for p in kernel.params), args, strict=False)) | kwargs
-    for i, param in enumerate(kernel.params):
-        value = values[param.name]
-        if param.is_constexpr:
-            signature[param.name] = "constexpr"
-            constexprs[(i,)] = value
-        else:
-            signature[param.name] = _type(value, (i,), not param.do_not_specialize, constexprs, attrs)
-    kind = GluonASTSource if kernel.is_gluon() else ASTSource
-    source = kind(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     with triton.knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as log:
         triton.knobs.nvidia.dump_ptxas_log = True
-        built = triton.compile(source, target=target, options=options)
+        built = Build.of(kernel, args, kwargs, target).make()
     if target.backend == "hip":
         code = built.asm["amdgcn"]
         spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1])
@@ -84,24 +69,6 @@ def _compile(kernel: JITFunction, args, kwargs, target: GPUTarget) -> Compiled:
     registers, spills = int(re.search(r"Used (\d+) registers", report)[1]), int(re.search(r"(\d+) bytes spill stores", report)[1])
     tensor_core_ops = sum(ptx.count(op) for op in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
     return Compiled(kernel.__name__, built.metadata.shared, registers, spills, tensor_core_ops, ptx)
-
-
-def _type(value, path: tuple[int, ...], specialised: bool, constexprs: dict, attrs: dict):
-    """The type of a runtime argument; what a launch would specialise on is added to `constexprs` and `attrs`."""
-    if isinstance(value, tuple):
-        return tuple(_type(v, (*path, i), specialised, constexprs, attrs) for i, v in enumerate(value))
-    if value is None or (isinstance(value, int) and value == 1 and specialised):
-        constexprs[path] = value
-        return "constexpr"
-    if isinstance(value, TensorDescriptor):
-        block = ",".join(str(b) for b in value.block_shape)
-        return f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
-    if isinstance(value, torch.Tensor):
-        attrs[path] = [["tt.divisibility", 16]]
-        return "*" + TYPES[value.dtype]
-    if value % 16 == 0 and specialised:
-        attrs[path] = [["tt.divisibility", 16]]
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def _assembled(ptx: str, capability: int) -> str:

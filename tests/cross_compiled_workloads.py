@@ -19,6 +19,7 @@ from torch_conv_triton.bench.suite import load_suite
 from torch_conv_triton.configs import Device
 from torch_conv_triton.problem import Conv1dProblem
 from torch_conv_triton.tuning import tables
+from torch_conv_triton.tuning.trial import run
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def compiled_kernels(workload: Workload, device: Device, capability: int | None)
         if problem.is_depthwise and not plan.kernel.startswith("depthwise"):
             continue
         if (workload.fused or workload.rounded) and plan.kernel in dispatch.FUSING and plan.kernel != "dense_persistent":
-            with compile_only(capability) as compiled:
+            with mock.patch.object(dispatch, "device_for", lambda _: device), compile_only(capability) as compiled:
                 _launch_fused(plan, problem, x, weight)
             rows.append(_row(plan, compiled))
         if workload.rounded:
@@ -146,17 +147,26 @@ def tuned_kernels(part: slice) -> dict[str, list[dict]]:
     """The plan of each entry of the H200's table that a case of the suite has, with the kernels it launches, by key."""
     found = {}
     for case in load_suite()[part]:
-        x, weight, bias = case.tensors("meta")
-        problem = case.problem()
-        plan = dispatch.tuned_plan(problem, H200)
-        if plan is None:
-            continue
-        compiled: list[Compiled] = []
-        if not plan.is_aten:
-            with mock.patch.object(dispatch, "device_for", lambda _: H200), compile_only(H200.capability) as compiled:
-                execute.forward_with(plan, problem, x, weight, bias)
-        found[tables.key(problem)] = [_row(plan, compiled)]
+        for problem in (case.problem(), *case.gradient_problems()):
+            plan = dispatch.tuned_plan(problem, H200, dispatch_gradients.plan_refusal)
+            if plan is None:
+                continue
+            compiled: list[Compiled] = []
+            if not plan.is_aten:
+                with mock.patch.object(dispatch, "device_for", lambda _: H200), compile_only(H200.capability) as compiled:
+                    run(plan, problem, tensors(problem))
+            found[tables.key(problem)] = [_row(plan, [kernel for kernel in compiled if kernel.name != "sum_partials_kernel"])]
     return found
+
+
+def tensors(problem: Conv1dProblem) -> tuple[torch.Tensor, ...]:
+    """What a plan of the problem is run on, without data."""
+    p = problem
+    x = torch.empty_strided((p.N, p.C_in, p.L_in), p.x_strides, dtype=p.dtype, device="meta")
+    if p.kind == "weight_grad":
+        return torch.empty_strided((p.N, p.C_out, p.L_out), p.y_strides, dtype=p.dtype, device="meta"), x, None
+    shape = (p.C_in, p.C_out_per_group, p.K) if p.transposed else (p.C_out, p.C_in_per_group, p.K)
+    return x, x.new_empty(shape), x.new_empty(p.C_out) if p.has_bias else None
 
 
 def targets(workload: Workload) -> tuple[int, ...]:

@@ -88,7 +88,7 @@ def call(x, weight, bias, case, epilogue="", operands=(), rounded=False, mode="z
 
 
 def float64(x, weight, bias, case, **changes):
-    x, weight, bias = (t.double() for t in (x, weight, bias))
+    x, weight, bias = (None if t is None else t.double() for t in (x, weight, bias))
     return reference.conv1d(x, weight, bias, *replace(case, **changes).geometry)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import gcd
@@ -38,10 +40,11 @@ from torch_conv_triton.weave import Weave
 
 # aten's convolution as it is, and its two-dimensional one on channels-last views
 ATEN = ("aten", "aten_nhwc")
-# kernels that end with a program of instructions; dense_halo's programs compile, but no GPU has run them yet
+# kernels that end with a program of instructions
 FUSING = (
     "dense",
     "dense_few_outputs",
+    "dense_halo",
     "dense_persistent",
     "dense_runs",
     "dense_tma",
@@ -78,9 +81,26 @@ def aten(reason: str) -> Plan:
     return Plan("aten", None, reason)
 
 
-@cache
 def device_for(device: torch.device) -> Device | None:
     """The device's properties, or None where no kernel of ours runs. With TRITON_INTERPRET=1 the CPU runs kernels too."""
+    return _properties(_rehearsed_on.get() or device if device.type == "meta" else device)
+
+
+@contextmanager
+def meta_stands_for(device: torch.device) -> Iterator[None]:
+    """Within the context, calls on tensors of the device "meta" are planned as for `device`."""
+    token = _rehearsed_on.set(device)
+    try:
+        yield
+    finally:
+        _rehearsed_on.reset(token)
+
+
+_rehearsed_on: ContextVar[torch.device | None] = ContextVar("rehearsed_on", default=None)
+
+
+@cache
+def _properties(device: torch.device) -> Device | None:
     if device.type == "cuda" and torch.version.cuda:
         properties = torch.cuda.get_device_properties(device)
         capability = 10 * properties.major + properties.minor

@@ -262,10 +262,9 @@ def _one(compute):
     return compute_one
 
 
-for _name, _compute, _fake in (
-    ("conv1d_fused", compute_conv1d_fused, _conv1d_fused_fake),
-    ("conv1d_fused.one", _one(compute_conv1d_fused), _one(_conv1d_fused_fake)),
-):
-    _library.impl(_name, _compute, "CPU")
-    _library.impl(_name, _compute, "CUDA")
-    torch.library.register_fake(f"triton_conv::{_name}", _fake, lib=_library)
+# what the operators run
+COMPUTE = {conv1d_fused: compute_conv1d_fused, torch.ops.triton_conv.conv1d_fused.one: _one(compute_conv1d_fused)}
+for (_op, _compute), _fake in zip(COMPUTE.items(), (_conv1d_fused_fake, _one(_conv1d_fused_fake)), strict=True):
+    _library.impl(_op, _compute, "CPU")
+    _library.impl(_op, _compute, "CUDA")
+    torch.library.register_fake(_op, _fake, lib=_library)

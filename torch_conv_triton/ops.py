@@ -7,6 +7,7 @@ convolution is computed is decided below, in `execute` and `gradients`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 
@@ -111,6 +112,8 @@ def _geometry(stride, padding, dilation):
     return single(stride, "stride"), single(padding, "padding"), single(dilation, "dilation")
 
 
+# what the operators run below autograd
+COMPUTE: dict[torch._ops.OpOverload, Callable] = {}
 for _name, _kernel, _fake in (
     ("conv1d", compute_conv1d, _conv1d_fake),
     ("conv_transpose1d", compute_conv_transpose1d, _conv_transpose1d_fake),
@@ -121,6 +124,7 @@ for _name, _kernel, _fake in (
     _library.impl(_name, _kernel, "CPU")
     _library.impl(_name, _kernel, "CUDA")
     torch.library.register_fake(f"triton_conv::{_name}", _fake, lib=_library)
+    COMPUTE[getattr(torch.ops.triton_conv, _name).default] = _kernel
 
 
 # autograd

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import triton
 from compiling import Capture, Captured
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.async_compile import AsyncCompile
 from torch.testing._internal.common_methods_invocations import op_db
 
 from torch_conv_triton import dispatch, testing
@@ -226,3 +228,18 @@ def compilations(backend, dtype: torch.dtype, training: bool) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_new_lengths_compile_as_often_as_without_any_lowering(training, dtype):
     assert compilations(triton_conv, dtype, training) == compilations("aot_eager", dtype, training)
+
+
+def test_kernels_are_compiled_before_they_are_launched(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = {}
+    monkeypatch.setattr(
+        triton.knobs.compilation, "listener", lambda *, src, cache_hit, **_: found.setdefault(src.name, []).append(cache_hit)
+    )
+    AsyncCompile.wait_pool_ready()
+    # sizes that no other test has, so that the process knows no kernel for them
+    model = nn.Sequential(nn.Conv1d(56, 72, 9), nn.GELU(), nn.Conv1d(72, 72, 4, groups=72)).cuda()
+    with torch.no_grad():
+        torch.compile(model, backend=triton_conv)(torch.randn(2, 56, 5000, device="cuda"))
+    ours = {name: hits for name, hits in found.items() if name.startswith("conv1d")}
+    assert len(ours) >= 2 and all(all(hits) for hits in ours.values()), found

@@ -18,6 +18,7 @@ from torch.fx import Graph
 
 import torch_conv_triton
 from torch_conv_triton import dispatch
+from torch_conv_triton.graph.ahead import compile_ahead
 from torch_conv_triton.graph.backward import split_backward
 from torch_conv_triton.graph.convolution import static_problems
 from torch_conv_triton.graph.fold import fold
@@ -83,6 +84,7 @@ class ConvolutionPass(CustomGraphPass):
             log.debug("%s", record)
             if self.recorder:
                 self.recorder.records.append(record)
+        compile_ahead(graph)
 
     def _steps(self, graph: Graph, module_names: Mapping[str, str]) -> Iterator[ConvRecord]:
         records = rewrite_convolutions(graph, module_names)

@@ -8,7 +8,8 @@ without Triton's binding of arguments.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +17,32 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from torch_conv_triton.kernels.builds import await_expected
+
 _thread = threading.local()
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **keywords) -> None:
-    """``kernel[grid](*args, **keywords)``, noted by the thread's recording if there is one."""
+    """``kernel[grid](*args, **keywords)``, noted by the thread's recording if there is one; in a rehearsal only noted."""
+    rehearsed = getattr(_thread, "rehearsed", None)
+    if rehearsed is not None:
+        rehearsed.append((kernel, args, keywords))
+        return
+    await_expected()
     compiled = kernel[grid](*args, **keywords)
     recording = getattr(_thread, "recording", None)
     if recording is not None:
         recording._note(kernel, compiled, grid, args, keywords)
+
+
+@contextmanager
+def rehearsal() -> Iterator[list[tuple]]:
+    """Within the context launches of this thread are noted instead of made: yields the list of (kernel, args, keywords)."""
+    _thread.rehearsed = launches = []
+    try:
+        yield launches
+    finally:
+        _thread.rehearsed = None
 
 
 def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -45,12 +45,13 @@ def _fault(problem: Conv1dProblem, plan: Plan, device: torch.device) -> str | No
     with torch.no_grad(), testing.float32_precision(problem.precision):
         tensors, expected = _inputs_and_output(problem, device)
         with testing.poisoned_allocations():
-            y, again = (_run(plan, problem, tensors) for _ in range(2))
+            y, again = (run(plan, problem, tensors) for _ in range(2))
     testing.assert_within_budget(y, expected, problem.precision)
     return None if torch.equal(y, again) else "the output differs from call to call"
 
 
-def _run(plan: Plan, problem: Conv1dProblem, tensors: Tensors) -> Tensor:
+def run(plan: Plan, problem: Conv1dProblem, tensors: Tensors) -> Tensor:
+    """Run a plan on tensors such as `inputs` gives."""
     if problem.kind == "input_grad":
         return gradients.input_grad_with(plan, problem, *tensors[:2])
     if problem.kind == "weight_grad":
@@ -143,13 +144,13 @@ def measure(problem: Conv1dProblem, plans: Sequence[Plan], device: torch.device)
 def _contestant(plan: Plan, problem: Conv1dProblem, tensors: Tensors) -> Contestant:
     call: Callable[[], Tensor]
     if plan.is_aten:
-        call = partial(_run, plan, problem, tensors)
+        call = partial(run, plan, problem, tensors)
     elif problem.kind == "forward":
         # one call, so that its launches are repeated as in a program
         call = partial(execute.run_kernels, Call(problem, plan), *tensors)
     else:
-        run = gradients.run_input_grad if problem.kind == "input_grad" else gradients.run_weight_grad
-        call = partial(run, Call(problem, plan), *tensors[:2])
+        launch = gradients.run_input_grad if problem.kind == "input_grad" else gradients.run_weight_grad
+        call = partial(launch, Call(problem, plan), *tensors[:2])
     # every contestant has a thread, and every thread a current device, which the clock's events are on
     return Contestant(call, partial(torch.cuda.device_of, tensors[0]))
 

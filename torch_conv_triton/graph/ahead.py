@@ -1,0 +1,84 @@
+"""Compiles the kernels that a graph will launch while Inductor compiles the rest of it, in Inductor's worker processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from torch_conv_triton import dispatch, fused, ops
+from torch_conv_triton.graph.convolution import hint, stand_in, value
+
+if TYPE_CHECKING:
+    from torch_conv_triton.kernels.builds import Build
+
+log = logging.getLogger(__name__)
+
+COMPUTE = ops.COMPUTE | fused.COMPUTE
+
+
+def compile_ahead(graph: Graph) -> None:
+    """Start compiling what the calls of ours in the graph will launch at the sizes seen while compiling.
+
+    The first launch waits until all of it is there. Nothing happens where Inductor compiles in one process; what goes wrong is
+    logged, and the kernels compile when they are launched.
+    """
+    calls = [node for node in graph.nodes if node.target in COMPUTE and _device(node).type == "cuda"]
+    if not calls or get_compile_threads() <= 1 or config.triton.proton_profiling:
+        return
+    try:
+        _start(_builds(calls), _device(calls[0]))
+    except Exception as error:
+        log.info("kernels are not compiled ahead: %s: %s", type(error).__name__, error)
+
+
+def _start(builds: Iterable[Build], device: torch.device) -> None:
+    from torch_conv_triton.kernels.builds import expect
+
+    # where Inductor has Triton keep what it compiles, from its first kernel on
+    os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index))
+    pool = AsyncCompile.process_pool()
+    for build in builds:
+        expect(pool.submit(_make, build, os.environ["TRITON_CACHE_DIR"]))
+
+
+def _make(build: Build, cache_dir: str) -> None:
+    """In a worker process. Nothing is returned: what was built is in the cache."""
+    os.environ["TRITON_CACHE_DIR"] = cache_dir
+    build.make()
+
+
+def _builds(calls: list[Node]) -> Iterator[Build]:
+    """What the calls will compile, each once."""
+    from triton.runtime import driver
+
+    from torch_conv_triton.kernels.builds import Build
+    from torch_conv_triton.kernels.launch import rehearsal
+
+    found = set()
+    for node in calls:
+        with dispatch.meta_stands_for(_device(node)), rehearsal() as launches:
+            COMPUTE[node.target](*map_arg(node.args, _without_data), **map_arg(node.kwargs, _without_data))
+        for kernel, args, keywords in launches:
+            build = Build.of(kernel, args, keywords, driver.active.get_current_target())
+            if repr(build) not in found:
+                found.add(repr(build))
+                yield build
+
+
+def _without_data(node: Node) -> torch.Tensor | int:
+    """The value of a node at the sizes seen while compiling."""
+    seen = value(node)
+    return stand_in(seen) if isinstance(seen, torch.Tensor) else hint(seen)
+
+
+def _device(node: Node) -> torch.device:
+    return value(node.args[0]).device
