@@ -11,6 +11,7 @@ import torch
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -41,9 +42,14 @@ def compile_ahead(graph: Graph) -> None:
 
 
 def _start(builds: Iterable[Build], device: torch.device) -> None:
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
     from torch_conv_triton.kernels.builds import expect
 
-    # where Inductor has Triton keep what it compiles, from its first kernel on
+    # Triton looks for what was built under the name of the assembler too, so the one of those processes is taken here. Inductor
+    # sets the same two variables, from the first kernel that it compiles here on.
+    _set_triton_ptxas_path()
+    get_ptxas_version.cache_clear()
     os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index))
     pool = AsyncCompile.process_pool()
     for build in builds:

@@ -15,18 +15,29 @@ OFFSET_LIMIT = 2**31 - 2**20
 # Kernels let Triton specialise on lengths and padding (whether 16 divides them): a mask that is not known to be constant over
 # 16 bytes makes it store the elements of a 16-byte vector one by one, several times slower.
 
-# decided when Triton decorates the kernels, so it holds for every kernel of this process
-INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
-# padding that is none; Triton 3.6 wants the default of a helper's argument as a constant
+# Kernels read constants from functions: with global ones the key under which Triton caches a kernel depends on which kernels were
+# compiled before it (triton 3.6 and 3.7), and another process does not find it.
+
+# padding that is none, only for defaults: triton 3.6 wants the default of a helper's argument as a constant
 ZEROS = tl.constexpr("zeros")
-# whether kernels may hold instructions of NVIDIA's own
-PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
+
+
+@triton.constexpr_function
+def interpreted():
+    """Whether kernels run in the interpreter, which is decided when Triton decorates them."""
+    return triton.knobs.runtime.interpret
+
+
+@triton.constexpr_function
+def has_ptx():
+    """Whether kernels may hold instructions of NVIDIA's own."""
+    return not triton.knobs.runtime.interpret and torch.version.hip is None
 
 
 @triton.jit
 def round_tf32(x):
     """Round float32 to the nearest TF32 value, ties away from zero: tl.dot by itself truncates the low 13 bits."""
-    if PTX:
+    if has_ptx():
         return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         bits = x.to(tl.int32, bitcast=True)
@@ -38,7 +49,7 @@ def round_tf32(x):
 @triton.jit
 def dot_tile(x, w, acc, WEIGHTS_LEFT: tl.constexpr, PRECISION: tl.constexpr):
     """acc + x w^T for x [BLOCK_M, BLOCK_K] and w [BLOCK_N, BLOCK_K]; transposed ([BLOCK_N, BLOCK_M]) with WEIGHTS_LEFT."""
-    if INTERPRET:
+    if interpreted():
         # the interpreter multiplies the bit patterns of bfloat16
         x = x.to(tl.float32)
         w = w.to(tl.float32)
@@ -155,7 +166,7 @@ def prefetch_rows(x_ptr, first, span, L_in, stride_xc, C_IN: tl.constexpr, CHANN
     at = first + tl.minimum(tl.arange(0, LINES) * LINE, span)
     at = tl.minimum(tl.maximum(at, 0), L_in - 1)
     pointers = x_ptr + ((c * stride_xc)[:, None] + at[None, :])
-    if PTX:
+    if has_ptx():
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
         )
@@ -329,4 +340,4 @@ def dot_precision(dtype: torch.dtype, tf32: bool) -> str:
     """`input_precision` of tl.dot: full float32 is three TF32 products (error near 2^-22), which keeps it on tensor cores."""
     if dtype != torch.float32 or tf32:
         return "tf32"
-    return "tf32x3" if PTX.value else "ieee"
+    return "tf32x3" if has_ptx() else "ieee"

@@ -32,9 +32,6 @@ from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.interleave import store_interleaved
 from torch_conv_triton.kernels.launch import launch
 
-# slices of the reduction may span taps, see `reduction_slice`
-TAP_MAJOR = tl.constexpr(2)
-
 
 @triton.jit
 def load_w_run(
@@ -115,6 +112,8 @@ def conv1d_dense_runs_fwd_kernel(
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
     TAPS: tl.constexpr = K + RUN - 1
+    # slices of the reduction may span taps, see `reduction_slice`
+    TAP_MAJOR: tl.constexpr = 2
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for i in range(0, reduction_steps(C_IN, TAPS, 0, BLOCK_K)):
         c, k, r = reduction_slice(i, C_IN, TAPS, TAP_MAJOR, BLOCK_K)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torch_conv_triton.kernels.epilogue import PLAIN, store_outputs
+from torch_conv_triton.kernels.epilogue import is_plain, store_outputs
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def store_blocks(
     at = begin[:, None] + i
     vector = begin[:, None] + i // VECTOR * VECTOR
     whole = (vector >= phase) & (vector + VECTOR <= L_out + phase)
-    if EPILOGUE == PLAIN:
+    if is_plain(EPILOGUE):
         y = y.to(y_row.dtype.element_ty)
         tl.store(y_row + at, y, mask=whole)
         if EDGES:

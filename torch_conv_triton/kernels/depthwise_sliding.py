@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import needs_int64, position_in_x, widen
-from torch_conv_triton.kernels.epilogue import NO_FUSION, PLAIN, Fusion, store_tile
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, is_plain, store_tile
 from torch_conv_triton.kernels.launch import launch
 from torch_conv_triton.kernels.vectors import put_together
 
@@ -84,7 +84,7 @@ def conv1d_depthwise_sliding_fwd_kernel(
             acc = tl.zeros((RUNS, BLOCK_N), dtype=tl.float32) + bias[None, :]
             for k in tl.static_range(K):
                 acc += window[t + k].to(tl.float32) * weights[k]
-            if EPILOGUE == PLAIN:
+            if is_plain(EPILOGUE):
                 acc = acc.to(y_ptr.dtype.element_ty)
             outputs = outputs + (acc[:, :, None],)
         if Y_NCL:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import needs_int64, widen
-from torch_conv_triton.kernels.epilogue import NO_FUSION, PLAIN, Fusion, store_outputs
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, is_plain, store_outputs
 from torch_conv_triton.kernels.launch import launch
 from torch_conv_triton.kernels.vectors import put_together, take_apart
 
@@ -71,10 +71,10 @@ def conv1d_depthwise_vector_fwd_kernel(
         acc = tl.zeros((BLOCK_M // VECTOR, 1), dtype=tl.float32) + bias
         for k in tl.static_range(K):
             acc += window[SHIFT + e + k * DILATION].to(tl.float32) * weights[k]
-        outputs = outputs + (acc.to(y_ptr.dtype.element_ty) if EPILOGUE == PLAIN else acc,)
+        outputs = outputs + (acc.to(y_ptr.dtype.element_ty) if is_plain(EPILOGUE) else acc,)
     at = v[:, None] * VECTOR + element
     mask = (v < y_vectors)[:, None]
-    if EPILOGUE == PLAIN:
+    if is_plain(EPILOGUE):
         tl.store(y_row + at, put_together(outputs), mask=mask)
     else:
         store_outputs(

@@ -15,9 +15,9 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from torch_conv_triton.epilogue import Program
-from torch_conv_triton.kernels.common import INTERPRET, round_tf32, widen
+from torch_conv_triton.kernels.common import interpreted, round_tf32, widen
 
-PLAIN = tl.constexpr("; out %0")
+PLAIN = "; out %0"
 
 
 def kernel_text(program: Program, kinds: Sequence[str], tf32: bool) -> str:
@@ -44,7 +44,7 @@ class Fusion:
     `Conv1dProblem`.
     """
 
-    epilogue: str = PLAIN.value
+    epilogue: str = PLAIN
     tensors: tuple[Tensor, ...] = ()
     padding_mode: str = "zeros"
     rounded: bool = False
@@ -63,6 +63,11 @@ NO_FUSION = Fusion()
 
 
 # what the text says, asked while a kernel is compiled
+
+
+@triton.constexpr_function
+def is_plain(EPILOGUE):
+    return EPILOGUE == PLAIN
 
 
 @triton.constexpr_function
@@ -139,11 +144,11 @@ def apply_to_one(NAME: tl.constexpr, a):
     elif NAME == "exp":
         return tl.exp(a)
     elif NAME == "expm1":
-        return tl.exp(a) - 1.0 if INTERPRET else libdevice.expm1(a)
+        return tl.exp(a) - 1.0 if interpreted() else libdevice.expm1(a)
     elif NAME == "log":
         return tl.log(a)
     elif NAME == "log1p":
-        return tl.log(1.0 + a) if INTERPRET else libdevice.log1p(a)
+        return tl.log(1.0 + a) if interpreted() else libdevice.log1p(a)
     elif NAME == "sqrt":
         return tl.sqrt_rn(a)
     elif NAME == "rsqrt":
@@ -157,7 +162,7 @@ def apply_to_one(NAME: tl.constexpr, a):
     elif NAME == "cos":
         return tl.cos(a)
     elif NAME == "tanh":
-        return 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0) if INTERPRET else libdevice.tanh(a)
+        return 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0) if interpreted() else libdevice.tanh(a)
     elif NAME == "sigmoid":
         return tl.sigmoid(a)
     elif NAME == "erf":

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import INTERPRET, dot_precision, needs_int64, widen
+from torch_conv_triton.kernels.common import dot_precision, interpreted, needs_int64, widen
 from torch_conv_triton.kernels.launch import launch, workspace
 from torch_conv_triton.kernels.reduction import sum_partials
 
@@ -74,7 +74,7 @@ def conv1d_weight_grad_banded_kernel(
         x = tl.load(
             x_ptr + n * stride_xn + (x_channels + (at * stride_xl)[None, :, :]), mask=o_mask & x_mask[None, :, :], other=0.0
         )
-        if INTERPRET:
+        if interpreted():
             # the interpreter multiplies the bit patterns of bfloat16
             dy = dy.to(tl.float32)
             x = x.to(tl.float32)
