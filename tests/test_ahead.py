@@ -188,7 +188,7 @@ for kernel, args, keywords in launches:
 
 
 def test_the_key_of_a_kernel_does_not_depend_on_what_was_compiled_before_it():
-    """Triton 3.6 and 3.7 put the global constants of a helper into the key of a kernel only where the helper has a key already."""
+    """Triton 3.6 and 3.7 put a helper's global constants into the key of a kernel only where the helper has a key already."""
     code = """
 import importlib, pkgutil
 import torch_conv_triton.kernels as kernels

@@ -27,12 +27,14 @@ PLAIN = [case for case in CASES if not case.transposed]
 TILE = WeightGradConfig(16, 16, 32)
 EXCHANGED_TILE = replace(TILE, exchanged=True)
 MANY_POSITIONS = (
-    Case("dense_many_positions", 3, 20, 700, 24, 5, stride=2, padding=3),
-    Case("grouped_many_positions", 2, 32, 900, 32, 3, padding=1, groups=2),
-    Case("depthwise_many_positions", 2, 20, 900, 20, 7, padding=3, groups=20),
-    Case("depthwise_short_and_many", 40, 6, 6, 6, 4, padding=3, groups=6),
-    Case("dense_short_and_many", 150, 20, 6, 20, 3, padding=1),
+    Case("dense_many_positions", 2, 20, 500, 24, 5, stride=2, padding=3),
+    Case("grouped_many_positions", 2, 32, 300, 32, 3, padding=1, groups=2),
+    Case("depthwise_many_positions", 2, 12, 400, 12, 7, padding=3, groups=12),
+    Case("depthwise_short_and_many", 30, 4, 6, 4, 4, padding=3, groups=4),
+    Case("dense_short_and_many", 50, 20, 6, 20, 3, padding=1),
 )
+# several tiles of `TILE` along every dimension
+TILES = Case("tiles", 2, 20, 75, 40, 3, padding=1)
 
 
 def named(*names: str) -> list[Case]:
@@ -130,7 +132,7 @@ def test_any_number_of_splits_gives_the_gradient(case, splits):
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("grad_left", [False, True])
 @pytest.mark.parametrize("tap_major", [False, True])
-@pytest.mark.parametrize("case", named("odd_everything", "grouped_tiny", "several_tiles"), ids=str)
+@pytest.mark.parametrize("case", [*named("odd_everything", "grouped_tiny"), TILES], ids=str)
 def test_every_order_of_the_tile_gives_the_gradient(case, tap_major, grad_left, prefetch):
     x, weight, _ = make_inputs(case, torch.float32)
     grad_output = make_grad_output(case, torch.float32)
