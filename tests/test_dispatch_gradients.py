@@ -37,9 +37,9 @@ CHOICES = {
     "seed": (SEED, "transposed", "weight_grad"),
     "seed in bf16": (problems((64, 64, 224280), 128, 3, BF16, stride=3, dilation=4), "aten", "weight_grad"),
     "vocoder": (problems((16, 32, 131072), 32, 7, padding=9, dilation=3), "dense_halo", "weight_grad"),
-    "strided encoder": (problems((16, 512, 31999), 512, 3, FP16, stride=2), "transposed_tma", "weight_grad"),
+    "strided encoder": (problems((16, 512, 31999), 512, 3, FP16, stride=2), "transposed_tma", "aten_nhwc"),
     "many products": (problems((8, 256, 6880), 256, 11, padding=5), "dense_tma", "weight_grad_rows"),
-    "many products of few positions": (problems((2, 512, 600), 512, 5, padding=2), "aten", "aten_nhwc"),
+    "many products of few positions": (problems((2, 512, 600), 512, 5, padding=2), "aten", "aten"),
     "to one channel": (problems((8, 32, 220160), 1, 7, padding=3), "dense_few_inputs", "weight_grad"),
     "positional": (problems((16, 768, 499), 768, 128, FP16, padding=64, groups=16), "dense_runs", "weight_grad"),
     "raw audio": (problems((16, 1, 160000), 512, 10, FP16, stride=5), "transposed_interleaved", "weight_grad"),
@@ -49,7 +49,7 @@ CHOICES = {
     "conformer": (problems((16, 512, 1500), 512, 31, BF16, padding=15, groups=512), "depthwise*", "weight_grad_banded"),
     "one token": (problems((64, 5376, 5), 5376, 4, BF16, groups=5376), "aten", "weight_grad_depthwise"),
     "pointwise": (problems((32, 128, 2048), 1024, 1), "aten", "aten"),
-    "pointwise, NLC": (problems((16, 1024, 375), 2048, 1, BF16, layout="NLC"), "dense_tma", "aten_nhwc"),
+    "pointwise, NLC": (problems((16, 1024, 375), 2048, 1, BF16, layout="NLC"), "dense_tma", "weight_grad"),
     "small": (problems((1, 64, 100), 64, 3, padding=1), "aten", "aten"),
 }  # fmt: skip
 

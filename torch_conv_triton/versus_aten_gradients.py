@@ -10,7 +10,8 @@ from torch_conv_triton.problem import Conv1dProblem
 from torch_conv_triton.versus_aten import TILE, faster_in_aten, launch_bound
 from torch_conv_triton.weave import Weave
 
-CHANNELS_LAST = "cuDNN is faster at the products of many channels and taps, and fastest on channels-last tensors"
+PRODUCTS = "cuDNN is faster at the products of many channels and taps"
+CHANNELS_LAST = f"{PRODUCTS}, and fastest on channels-last tensors"
 POINTWISE = "a pointwise convolution is one matrix product, which cuBLAS has"
 LAUNCH = "so small that the launch decides, and aten's is the shorter"
 # p24 (1.4 MB) 0.008 in aten, p26 (6 MB) 0.038
@@ -70,19 +71,20 @@ def weight_grad_faster_in_aten(problem: Conv1dProblem) -> str | None:
         # x_pos 0.634 [0.681]; s_seed_fp32 2.6 [5.6], x_dac96 1.42 [3.6], p06 (128 -> 64) 0.33 [0.62]
         return None
     if problem.layout != "NCL":
-        # p02 0.073 or, with grad_output in NCL, 0.089 [0.131, all gradients on channels-last views 0.096]
-        return CHANNELS_LAST if problem.K == 1 and problem.dtype.itemsize == 2 else None
+        # p02 0.073 or, with grad_output in NCL, 0.087 [0.131]
+        return None
     if problem.K == 1:
         # p03 0.116 [0.101]; a length that breaks alignment costs aten the gain: p01 0.058 [0.101]
         return POINTWISE if problem.dtype.itemsize == 2 or problem.L_in % 4 == 0 else None
-    few = problem.N * problem.L_out < 100_000
     if problem.dtype.itemsize == 2:
-        # p10 0.33 [0.27, all gradients on channels-last views 0.33]; p08 (512 000 positions) 1.24 [1.29]; p16 (dilated) 0.21
-        # [0.28]
-        return CHANNELS_LAST if few and problem.dilation == 1 else None
+        # p10 0.33 [0.27, channels-last 0.22], p08 1.24 [1.29, channels-last 1.08], 512 -> 512 K3 s2 0.48 [0.34, channels-last
+        # 0.28]; p16 (dilated) 0.21 [0.28]
+        return CHANNELS_LAST if problem.dilation == 1 else None
     if prefers_rows(problem):
-        # p14 0.52 [0.75], p09 0.61 [0.71], p05 0.70 [0.76]; with less to sum 128 -> 128 K7 of 8 x 9600 0.172 [0.165]
-        return CHANNELS_LAST if few and products_an_element(problem) < 1000 else None
-    # p18 (6880 positions) 0.213 [0.200], p25 0.098 [0.082]; s_kb64 (K 3) 3.1 [4.5]
+        # p14 0.52 [0.75], p09 0.61 [0.71], p05 0.70 [0.76]; with less to sum 128 -> 128 K7 of 8 x 9600 0.172 [0.165,
+        # channels-last 0.27]
+        few = problem.N * problem.L_out < 100_000
+        return PRODUCTS if few and products_an_element(problem) < 1000 else None
+    # p18 (6880 positions) 0.213 [0.198, channels-last 0.200], p25 0.098 [0.082]; s_kb64 (K 3) 3.1 [4.5]
     slower = problem.K > 3 or (problem.dilation == 1 and min(problem.C_in, problem.C_out) >= 256)
-    return CHANNELS_LAST if slower else None
+    return PRODUCTS if slower else None
