@@ -1,5 +1,6 @@
 """Kernels are compiled before they are launched: a rehearsal finds what a graph will launch, other processes compile it."""
 
+import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -144,14 +145,16 @@ def test_what_goes_wrong_is_logged_and_left_to_the_launch(pool, monkeypatch, cap
     assert "kernels are not compiled ahead: OSError: no more processes" in caplog.text
 
 
-def test_a_launch_waits_for_builds_and_not_for_their_success():
-    made, failed = Future(), Future()
-    builds.expect(made)
-    builds.expect(failed)
-    failed.set_exception(RuntimeError("a worker died"))
-    made.set_result(None)
+def test_a_launch_waits_for_builds_and_not_for_their_success(monkeypatch):
+    made, failed, cancelled, lost = (Future() for _ in range(4))
+    for build in (made, failed, cancelled, lost):
+        builds.expect(build)
+    failed.set_exception(RuntimeError("no such architecture"))
+    cancelled.cancel()
+    threading.Timer(0.2, made.set_result, [None]).start()
+    monkeypatch.setattr(builds, "LONGEST_WAIT_S", 1.0)
     builds.await_expected()
-    assert builds._under_way == []
+    assert made.done() and not lost.done() and builds._under_way == []
 
 
 def test_a_launch_finds_what_inductor_s_processes_built(tmp_path):

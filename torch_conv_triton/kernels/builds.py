@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,6 +20,8 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+LONGEST_WAIT_S = 120.0
 
 _under_way: list[Future] = []
 
@@ -69,5 +71,7 @@ def expect(build: Future) -> None:
 
 def await_expected() -> None:
     """Wait for all builds that were announced. What goes wrong in one shows when the launch that needs it compiles."""
-    while _under_way:
-        _under_way.pop().exception()
+    if _under_way:
+        # a process that was killed never answers
+        wait(list(_under_way), timeout=LONGEST_WAIT_S)
+        _under_way.clear()
