@@ -8,10 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
-from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
-from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -33,8 +30,9 @@ def compile_ahead(graph: Graph) -> None:
     logged, and the kernels compile when they are launched.
     """
     calls = [node for node in graph.nodes if node.target in COMPUTE and _device(node).type == "cuda"]
-    if not calls or get_compile_threads() <= 1 or config.triton.proton_profiling:
+    if not calls or get_compile_threads() <= 1:
         return
+    # much here is internal to torch and Triton; where a version differs the graph is none the worse
     try:
         _start(_builds(calls), _device(calls[0]))
     except Exception as error:
@@ -42,6 +40,8 @@ def compile_ahead(graph: Graph) -> None:
 
 
 def _start(builds: Iterable[Build], device: torch.device) -> None:
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
     from triton.backends.nvidia.compiler import get_ptxas_version
 
     from torch_conv_triton.kernels.builds import expect
