@@ -26,6 +26,10 @@ def only(monkeypatch):
     return run
 
 
+def problem_of(*arguments):
+    return fused.problem_of(fused.Arguments(*arguments))
+
+
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_every_instruction(name):
     x, weight, bias = make_inputs(DENSE, torch.float32)
@@ -72,7 +76,7 @@ def test_every_kernel_runs_programs(name, dtype, first, only):
     operands = [operand(N, C, L, layout=second, dtype=torch.float16), operand(1, C, 1), operand(1)[0]]
     text = f"{PROGRAM}; out %6 {dtype_name(dtype)} {first}; out %1 fp32 {second}"
     arguments = x, weight, bias, case.stride, [case.padding, case.padding - case.output_padding], case.dilation, case.groups
-    problem = fused.problem_of(*arguments, case.transposed, "zeros", text, operands, name == "dense_tma")
+    problem = problem_of(*arguments, case.transposed, "zeros", text, operands, name == "dense_tma")
     only(family_plan(name, problem))
     y, before = call(x, weight, bias, case, text, operands, rounded=name == "dense_tma")
     residual, scale, shift = (o.double() for o in operands)
@@ -93,7 +97,7 @@ def test_only_kernels_that_gather_are_asked_to_pad_by_a_mode():
         x, weight, bias = make_inputs(case, torch.bfloat16, layout)
         if not case.transposed:
             arguments = x, weight, bias, case.stride, [3, 1], case.dilation, case.groups, False, "reflect", "", [], False
-            plans = dispatch.candidates(fused.problem_of(*arguments), dispatch.INTERPRETER)
+            plans = dispatch.candidates(problem_of(*arguments), dispatch.INTERPRETER)
             assert plans and {plan.kernel for plan in plans} <= set(dispatch.GATHERING)
 
 
@@ -140,7 +144,7 @@ def test_the_ends_are_padded_each_in_its_own_way(name, change, only):
     x, weight, bias = make_inputs(case, torch.bfloat16, layout)
     end = case.padding - case.output_padding + change
     arguments = x, weight, bias, case.stride, [case.padding, end], case.dilation, case.groups, case.transposed, "zeros", "", []
-    problem = fused.problem_of(*arguments, False)
+    problem = problem_of(*arguments, False)
     only(family_plan(name, problem))
     (y,) = call(x, weight, bias, case, end=end)
     if case.transposed:
@@ -157,9 +161,7 @@ def test_the_start_may_be_cut_off(name, start, only):
     case, layout, _ = FAMILIES[name]
     x, weight, bias = make_inputs(case, torch.float16, layout)
     case = replace(case, padding=start)
-    problem = fused.problem_of(
-        x, weight, bias, case.stride, [start, 0], case.dilation, case.groups, False, "zeros", "", [], False
-    )
+    problem = problem_of(x, weight, bias, case.stride, [start, 0], case.dilation, case.groups, False, "zeros", "", [], False)
     only(family_plan(name, problem))
     (y,) = call(x, weight, bias, case, end=0)
     assert_within_budget(y, float64(F.pad(x, (start, 0)), weight, bias, case, padding=0))
@@ -170,7 +172,7 @@ def test_aligned_rows_are_padded_at_either_end(start, end, only):
     case, layout, _ = FAMILIES["depthwise_vector"]
     case = replace(case, padding=start)
     x, weight, bias = make_inputs(case, torch.bfloat16, layout)
-    only(family_plan("depthwise_vector", fused.problem_of(x, weight, bias, 1, [start, end], 1, 6, False, "zeros", "", [], False)))
+    only(family_plan("depthwise_vector", problem_of(x, weight, bias, 1, [start, end], 1, 6, False, "zeros", "", [], False)))
     (y,) = call(x, weight, bias, case, end=end)
     assert_within_budget(y, float64(F.pad(x, (start, end)), weight, bias, case, padding=0))
 
@@ -186,12 +188,10 @@ def test_padding_modes(name, mode, start, end, only):
     case = replace(case, padding=start)
     x, weight, bias = make_inputs(case, torch.float32, layout)
     arguments = x, weight, bias, case.stride, [start, end], case.dilation, case.groups, False, mode, "", [], False
-    assert {plan.kernel for plan in dispatch.candidates(fused.problem_of(*arguments), dispatch.INTERPRETER)} <= set(
-        dispatch.GATHERING
-    )
+    assert {plan.kernel for plan in dispatch.candidates(problem_of(*arguments), dispatch.INTERPRETER)} <= set(dispatch.GATHERING)
     if name == "dense_tma":
         return
-    only(family_plan(name, fused.problem_of(*arguments)))
+    only(family_plan(name, problem_of(*arguments)))
     (y,) = call(x, weight, bias, case, mode=mode, end=end)
     assert_within_budget(y, float64(F.pad(x, (start, end), mode), weight, bias, case, padding=0), "tf32")
 
@@ -204,7 +204,7 @@ def test_rounded_inputs_are_used_as_they_are(name, layout, only):
     case, *_ = FAMILIES[name]
     x, weight, bias = make_inputs(case, torch.float32, layout)
     arguments = weight, bias, case.stride, [case.padding, case.padding - case.output_padding], case.dilation, case.groups
-    problem = fused.problem_of(x, *arguments, case.transposed, "zeros", "", [], True)
+    problem = problem_of(x, *arguments, case.transposed, "zeros", "", [], True)
     kernels = {plan.kernel for plan in dispatch.candidates(problem, dispatch.INTERPRETER)}
     if not case.transposed:
         assert ("dense_tma" in kernels) == (layout == "NLC")
@@ -230,7 +230,7 @@ def test_a_gate_over_float64_is_left_to_torch():
     x, weight, bias = (t.double() for t in make_inputs(DENSE, torch.float32))
     (y,) = call(x, weight, bias, DENSE, "sigmoid %0; mul %0 %1; out %2 fp64 NCL")
     assert_within_budget(y, F.silu(float64(x, weight, bias, DENSE)))
-    plan = fused.plan(x, weight, bias, 1, [1, 1], 1, 1, False, "zeros", "", [], False)
+    plan = fused.plan(fused.Arguments(x, weight, bias, 1, [1, 1], 1, 1, False, "zeros", "", [], False))
     assert plan.is_aten and plan.reason == "fp64 is computed by aten"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,41 +43,50 @@ conv1d_fused = torch.ops.triton_conv.conv1d_fused.default
 _calls: dict[tuple, FusedCall] = {}
 
 
-def check_fused(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    dilation: int,
-    groups: int,
-    transposed: bool,
-    padding_mode: str,
-    epilogue: str,
-    operands: Sequence[Tensor],
-    rounded: bool,
-) -> tuple[Program, int]:
+class Arguments(NamedTuple):
+    """The arguments of the operator, in its order."""
+
+    input: Tensor  # (N, C_in, L_in)
+    weight: Tensor  # (C_out, C_in / groups, K); of a transposed convolution (C_in, C_out / groups, K)
+    bias: Tensor | None  # (C_out,)
+    stride: int
+    padding: Sequence[int]  # before x and after it, cropping if negative; if transposed cut off y, extending it if negative
+    dilation: int
+    groups: int
+    transposed: bool
+    padding_mode: str  # one of PADDING_MODES
+    epilogue: str  # the text of a `Program`
+    operands: Sequence[Tensor]  # a0, a1, ... of the program; each broadcasts to (N, C_out, L_out)
+    rounded: bool  # input holds TF32 values
+
+    @property
+    def C_out(self) -> int:
+        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
+
+
+def check_fused(a: Arguments) -> tuple[Program, int]:
     """The program and the length of the output. Raises RuntimeError or ValueError for arguments that make no sense."""
-    check_operands(input, weight, bias, stride, 0, dilation, groups, transposed)
-    if padding_mode not in PADDING_MODES or (transposed and padding_mode != "zeros"):
-        raise ValueError(f"padding_mode '{padding_mode}' is not supported{' of a transposed convolution' if transposed else ''}")
-    start, end = padding
-    L_in = input.shape[2]
-    if padding_mode != "zeros":
-        most = {"reflect": L_in - 1, "circular": L_in, "replicate": None}[padding_mode]
+    check_operands(a.input, a.weight, a.bias, a.stride, 0, a.dilation, a.groups, a.transposed)
+    if a.padding_mode not in PADDING_MODES or (a.transposed and a.padding_mode != "zeros"):
+        of = " of a transposed convolution" if a.transposed else ""
+        raise ValueError(f"padding_mode '{a.padding_mode}' is not supported{of}")
+    start, end = a.padding
+    L_in = a.input.shape[2]
+    if a.padding_mode != "zeros":
+        most = {"reflect": L_in - 1, "circular": L_in, "replicate": None}[a.padding_mode]
         torch._check(
-            all(side >= 0 and (most is None or side <= most) for side in padding),
-            lambda: f"{padding_mode} padding of {list(padding)} does not suit the length {L_in}",
+            all(side >= 0 and (most is None or side <= most) for side in a.padding),
+            lambda: f"{a.padding_mode} padding of {list(a.padding)} does not suit the length {L_in}",
         )
-    L_out = fused_length(L_in, weight.shape[2], stride, start, end, dilation, transposed)
+    L_out = fused_length(L_in, a.weight.shape[2], a.stride, start, end, a.dilation, a.transposed)
     torch._check(
-        L_out > 0, lambda: f"Calculated output length {L_out} is too small: input length {L_in}, padding={list(padding)}"
+        L_out > 0, lambda: f"Calculated output length {L_out} is too small: input length {L_in}, padding={list(a.padding)}"
     )
-    program = parse(epilogue, input.dtype)
-    if program.operands > len(operands):
-        raise ValueError(f"the epilogue reads {program.operands} operands, but got {len(operands)}: {epilogue}")
-    shape = input.shape[0], weight.shape[1] * groups if transposed else weight.shape[0], L_out
-    for i, operand in enumerate(operands):
+    program = parse(a.epilogue, a.input.dtype)
+    if program.operands > len(a.operands):
+        raise ValueError(f"the epilogue reads {program.operands} operands, but got {len(a.operands)}: {a.epilogue}")
+    shape = a.input.shape[0], a.C_out, L_out
+    for i, operand in enumerate(a.operands):
         if operand.dim() > 3:
             raise RuntimeError(f"operand a{i} of size {list(operand.shape)} does not broadcast to {list(shape)}")
         for size, wanted in zip(reversed(operand.shape), reversed(shape), strict=False):
@@ -95,80 +105,48 @@ def fused_length(L_in, K, stride, start, end, dilation, transposed):
     return (L_in + start + end - reach - 1) // stride + 1
 
 
-def problem_of(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    dilation: int,
-    groups: int,
-    transposed: bool,
-    padding_mode: str,
-    epilogue: str,
-    operands: Sequence[Tensor],
-    rounded: bool,
-) -> Conv1dProblem:
+def problem_of(a: Arguments) -> Conv1dProblem:
     """The problem that valid arguments describe; it writes the epilogue's first output."""
-    start, end = padding
-    plain = Conv1dProblem.from_tensors(input, weight, bias, stride, start, dilation, groups, transposed)
+    start, end = a.padding
+    plain = Conv1dProblem.from_tensors(a.input, a.weight, a.bias, a.stride, start, a.dilation, a.groups, a.transposed)
     asymmetric = replace(
         plain,
         padding_end=None if start == end else end,
-        padding_mode=padding_mode,
-        rounded=rounded and plain.precision == "tf32",
+        padding_mode=a.padding_mode,
+        rounded=a.rounded and plain.precision == "tf32",
     )
-    first = parse(epilogue, input.dtype).outputs[0]
+    first = parse(a.epilogue, a.input.dtype).outputs[0]
     return replace(asymmetric, y_strides=first.strides(plain.C_out, asymmetric.L_out))
 
 
-def plan(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    dilation: int,
-    groups: int,
-    transposed: bool,
-    padding_mode: str,
-    epilogue: str,
-    operands: Sequence[Tensor],
-    rounded: bool,
-) -> Plan:
-    """How the operator would run these arguments, its own, and why. Tensors need no memory."""
-    arguments = input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode, epilogue, operands, rounded
-    stored = [output.dtype for output in parse(epilogue, input.dtype).outputs]
-    for dtype in (*stored, *(operand.dtype for operand in operands)):
+def plan(a: Arguments) -> Plan:
+    """How the operator would run these arguments, and why. Tensors need no memory."""
+    stored = [output.dtype for output in parse(a.epilogue, a.input.dtype).outputs]
+    for dtype in (*stored, *(operand.dtype for operand in a.operands)):
         if dtype not in KERNEL_DTYPES:
             return aten(f"{dtype_name(dtype)} is computed by aten")
-    beside = len(stored) > 1 or any(operand.dim() > 1 and min(operand.shape[-2:]) > 1 for operand in operands)
-    return dispatch.fused_plan(problem_of(*arguments), dispatch.device_for(input.device), beside)
+    beside = len(stored) > 1 or any(operand.dim() > 1 and min(operand.shape[-2:]) > 1 for operand in a.operands)
+    return dispatch.fused_plan(problem_of(a), dispatch.device_for(a.input.device), beside)
 
 
-def supports(*arguments) -> bool:
-    """Whether one kernel of ours would compute all of what these arguments, the operator's own, ask for."""
-    return not plan(*arguments).is_aten
-
-
-def compute_conv1d_fused(
-    input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode, epilogue, operands, rounded
-):
+def compute_conv1d_fused(*arguments):
+    input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode, epilogue, operands, rounded = arguments
     # models compiled ahead of time hand over an empty list of tensors as None
     operands = operands or []
-    geometry = stride, *padding, dilation, groups, transposed, padding_mode, epilogue, rounded, current_precision(input.dtype)
+    geometry = stride, tuple(padding), dilation, groups, transposed, padding_mode
     if bias is not None:
         bias = bias.contiguous()
     given = [input, weight, *operands] if bias is None else [input, weight, bias, *operands]
     # where each operand is first given: a call that gives one tensor twice is another call than one that gives two
     firsts = tuple([next(i for i, t in enumerate(given) if t is operand) for operand in operands])
-    key = geometry, firsts, bias is None, tuple([signature(t) for t in given])
+    decided = geometry, epilogue, rounded, current_precision(input.dtype)
+    key = decided, firsts, bias is None, tuple([signature(t) for t in given])
     call = _calls.get(key)
     if call is None:
-        arguments = input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode, epilogue, operands, rounded
-        call = remember(_calls, key, FusedCall.of(operands, firsts, *arguments))
+        call = FusedCall.of(Arguments(input, weight, bias, *geometry, epilogue, operands, rounded), firsts)
+        remember(_calls, key, call)
     if call.plan.is_aten:
-        y = _convolution(input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode)
+        y = _convolution(input, weight, bias, *geometry)
         return evaluate(call.program, y, operands, call.problem.precision == "tf32")
     outputs = [torch.empty_strided(call.shape, strides, dtype=dtype, device=input.device) for strides, dtype in call.allocations]
     run(call, call.launch, input, weight, bias, *outputs, *[given[i] for i in call.distinct])
@@ -195,20 +173,20 @@ class FusedCall(Call):
     distinct: list[int]
 
     @classmethod
-    def of(cls, operands: Sequence[Tensor], firsts: Sequence[int], *arguments) -> FusedCall:
+    def of(cls, arguments: Arguments, firsts: Sequence[int]) -> FusedCall:
         """The call of the operator with these arguments; `firsts` says where among the tensors each operand is first given."""
-        program, L_out = check_fused(*arguments)
-        problem = problem_of(*arguments)
+        program, L_out = check_fused(arguments)
+        problem = problem_of(arguments)
         call = cls(
             problem=problem,
-            plan=plan(*arguments),
+            plan=plan(arguments),
             program=program,
             shape=(problem.N, problem.C_out, L_out),
             allocations=[(output.strides(problem.C_out, L_out), output.dtype) for output in program.outputs],
             distinct=sorted({i for i in firsts if i >= 2 + problem.has_bias}),
         )
         if not call.plan.is_aten:
-            call.launch = partial(_launch, *call._epilogue(operands, firsts))
+            call.launch = partial(_launch, *call._epilogue(arguments.operands, firsts))
         return call
 
     def _epilogue(self, operands: Sequence[Tensor], firsts: Sequence[int]) -> tuple[str, list[int]]:
@@ -230,12 +208,10 @@ def _launch(text: str, places: list[int], plan: Plan, p: Conv1dProblem, *tensors
     execute.launch_kernel(plan, p, x, weight, bias, y, fusion)
 
 
-def _conv1d_fused_fake(
-    input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode, epilogue, operands, rounded
-):
-    arguments = input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode, epilogue, operands, rounded
-    program, L_out = check_fused(*arguments)
-    return allocate(program, input, (input.shape[0], weight.shape[1] * groups if transposed else weight.shape[0], L_out))
+def _conv1d_fused_fake(*arguments):
+    a = Arguments(*arguments)
+    program, L_out = check_fused(a)
+    return allocate(program, a.input, (a.input.shape[0], a.C_out, L_out))
 
 
 def _convolution(input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode) -> Tensor:

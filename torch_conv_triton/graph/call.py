@@ -77,7 +77,7 @@ class OperatorCall:
 
     def plan(self) -> Plan:
         """How the operator would run it, at the sizes seen while compiling."""
-        return fused.plan(*self._arguments(_stand_ins(self.tensors)))
+        return fused.plan(self._arguments(_stand_ins(self.tensors)))
 
     def plan_reading(self, layout: str, rounded: bool) -> Plan:
         """How it would run if its input were stored so: contiguous ("NCL") or channels-last ("NLC"), rounded to TF32 or not."""
@@ -85,11 +85,11 @@ class OperatorCall:
         x = tensors[self.input]
         strides = Output(Value(0), x.dtype, layout).strides(*x.shape[1:])
         tensors[self.input] = _stand_in(tuple(x.shape), strides, 0, x.dtype, x.device)
-        return fused.plan(*replace(self, rounded=rounded)._arguments(tensors))
+        return fused.plan(replace(self, rounded=rounded)._arguments(tensors))
 
     def problem(self) -> Conv1dProblem:
         """The convolution in it, at the sizes seen while compiling."""
-        return fused.problem_of(*self._arguments(_stand_ins(self.tensors)))
+        return fused.problem_of(self._arguments(_stand_ins(self.tensors)))
 
     @staticmethod
     def outputs(node: Node) -> tuple[Node, ...]:
@@ -106,7 +106,7 @@ class OperatorCall:
         results = [_as_stored(value(old), output) for old, output in zip(outputs, self.program.outputs, strict=True)]
         arguments = self._arguments({tensor: tensor for tensor in self.tensors})
         with graph.inserting_after(max(node, *self.tensors)):
-            call = graph.call_function(FUSED[len(results) - 1], arguments)
+            call = graph.call_function(FUSED[len(results) - 1], tuple(arguments))
         call.meta = {**node.meta, "val": results[0] if len(results) == 1 else results}
         new = (call,) if len(results) == 1 else self._getitems(graph, call, results)
         for old, output in zip(outputs, new, strict=True):
@@ -127,8 +127,9 @@ class OperatorCall:
     def with_program(self, program: Program, operands: Sequence[Node]) -> OperatorCall:
         return replace(self, program=program, operands=tuple(operands))
 
-    def _arguments(self, tensor: dict[Node, object]) -> tuple[object, ...]:
-        return (
+    def _arguments(self, tensor: dict[Node, object]) -> fused.Arguments:
+        """The arguments with what `tensor` says in place of each node."""
+        return fused.Arguments(
             tensor[self.input],
             tensor[self.weight],
             None if self.bias is None else tensor[self.bias],
