@@ -1,8 +1,9 @@
-"""Training that must come out the same with our convolutions, on any device: what the tests with and without a GPU share."""
+"""Training that must come out the same with our convolutions: the tests, the same with and without a GPU."""
 
 import copy
 from contextlib import contextmanager
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -78,79 +79,6 @@ def assert_same_bits(found: dict[str, Tensor], others: dict[str, Tensor]) -> Non
         assert torch.equal(gradient, others[name]), name
 
 
-def check_repeats(way: str, device: str) -> None:
-    net, x = build(device)
-    call = run_by(way, net)
-    first = gradients(call, net, x)
-    assert_gradients_are_exact(first, net, x)
-    assert_same_bits(first, gradients(call, net, x))
-    with deterministic_algorithms():
-        assert_same_bits(first, gradients(call, net, x))
-
-
-def check_accumulation(way: str, device: str) -> None:
-    net, x = build(device)
-    call = run_by(way, net)
-    once = gradients(call, net, x)
-    for _ in range(2):
-        call(x).square().mean().backward()
-    assert_same_bits({name: p.grad for name, p in net.named_parameters()}, {name: g + g for name, g in once.items()})
-
-
-def check_checkpointing(way: str, device: str) -> None:
-    net, x = build(device)
-    call = run_by(way, net)
-    saved = gradients(call, net, x)
-    assert_same_bits(gradients(lambda x: checkpoint(call, x, use_reentrant=False), net, x), saved)
-
-
-def check_parametrization(way: str, device: str, kind: str) -> None:
-    def change(net: Net) -> None:
-        for module in (net.down, net.blocks[0], net.depthwise, net.leave):
-            getattr(parametrizations, kind)(module)
-
-    net, x = build(device, change=change)
-    net.eval()
-    found = gradients(run_by(way, net), net, x)
-    assert any("parametrizations" in name for name in found)
-    assert_gradients_are_exact(found, net, x)
-
-
-def check_tied_weights(way: str, device: str) -> None:
-    def change(net: Net) -> None:
-        net.blocks[1].weight, net.blocks[1].bias = net.blocks[0].weight, net.blocks[0].bias
-
-    net, x = build(device, change=change)
-    found = gradients(run_by(way, net), net, x)
-    assert not any(name.startswith("blocks.1") for name in found)
-    assert_gradients_are_exact(found, net, x)
-
-
-def check_frozen_layers(way: str, device: str) -> None:
-    def change(net: Net) -> None:
-        net.down.requires_grad_(False)
-        net.blocks[1].weight.requires_grad_(False)
-        net.up.bias.requires_grad_(False)
-
-    net, x = build(device, change=change)
-    found = gradients(run_by(way, net), net, x)
-    assert "down.weight" not in found and "blocks.1.weight" not in found and "blocks.1.bias" in found
-    assert_gradients_are_exact(found, net, x)
-
-
-def check_autocast(way: str, device: str, dtype: torch.dtype) -> None:
-    net, x = build(device)
-    call, scale = run_by(way, net), 1024.0
-    with torch.autocast(device, dtype=dtype):
-        y = call(x)
-        # a mean's gradients are near the smallest numbers of fp16, so users scale it as a GradScaler does
-        loss = scale * y.float().square().mean()
-    scaled = torch.autograd.grad(loss, list(net.parameters()))
-    found = {name: gradient / scale for (name, _), gradient in zip(net.named_parameters(), scaled, strict=True)}
-    assert all(gradient.dtype == torch.float32 for gradient in found.values())
-    assert_gradients_are_exact(found, net, x, dtype)
-
-
 def losses(way: str, device: str, steps: int, channels: int) -> tuple[list[float], list[Tensor]]:
     """Teach a net to remove noise from tones: the loss of every step, and the parameters at the end. `way` "pytorch" is F's."""
     net, _ = build(device, channels)
@@ -171,16 +99,6 @@ def losses(way: str, device: str, steps: int, channels: int) -> tuple[list[float
     return found, [p.detach().clone() for p in net.parameters()]
 
 
-def check_training(way: str, device: str, steps: int, channels: int) -> None:
-    """The loss falls as PyTorch's does, and a second run gives the same bits."""
-    theirs, _ = losses("pytorch", device, steps, channels)
-    (first, parameters), (second, others) = (losses(way, device, steps, channels) for _ in range(2))
-    assert first == second and all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
-    assert first[-1] < 0.5 * first[0]
-    for ours, expected in zip(first, theirs, strict=True):
-        assert abs(ours - expected) <= 0.05 * expected + 0.01 * theirs[0]
-
-
 @contextmanager
 def deterministic_algorithms():
     """PyTorch refuses what differs from run to run, and fills memory that it hands out."""
@@ -189,3 +107,93 @@ def deterministic_algorithms():
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("way", WAYS)
+class Training:
+    """What training loops do with gradients, in eager and in compiled graphs. A device's tests are a subclass that names it."""
+
+    device: str
+    # of the net that is taught, and how many steps long
+    channels: int
+    steps: int
+
+    @pytest.fixture(autouse=True)
+    def fresh_dynamo(self):
+        torch._dynamo.reset()
+
+    def test_gradients_repeat_bit_for_bit_and_pytorch_s_deterministic_mode_changes_nothing(self, way):
+        net, x = build(self.device)
+        call = run_by(way, net)
+        first = gradients(call, net, x)
+        assert_gradients_are_exact(first, net, x)
+        assert_same_bits(first, gradients(call, net, x))
+        with deterministic_algorithms():
+            assert_same_bits(first, gradients(call, net, x))
+
+    def test_gradients_accumulate(self, way):
+        net, x = build(self.device)
+        call = run_by(way, net)
+        once = gradients(call, net, x)
+        for _ in range(2):
+            call(x).square().mean().backward()
+        assert_same_bits({name: p.grad for name, p in net.named_parameters()}, {name: g + g for name, g in once.items()})
+
+    def test_checkpointed_layers_give_the_same_bits(self, way):
+        net, x = build(self.device)
+        call = run_by(way, net)
+        saved = gradients(call, net, x)
+        assert_same_bits(gradients(lambda x: checkpoint(call, x, use_reentrant=False), net, x), saved)
+
+    @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+    def test_parametrized_weights(self, way, kind):
+        def change(net: Net) -> None:
+            for module in (net.down, net.blocks[0], net.depthwise, net.leave):
+                getattr(parametrizations, kind)(module)
+
+        net, x = build(self.device, change=change)
+        net.eval()
+        found = gradients(run_by(way, net), net, x)
+        assert any("parametrizations" in name for name in found)
+        assert_gradients_are_exact(found, net, x)
+
+    def test_tied_weights_sum_their_gradients(self, way):
+        def change(net: Net) -> None:
+            net.blocks[1].weight, net.blocks[1].bias = net.blocks[0].weight, net.blocks[0].bias
+
+        net, x = build(self.device, change=change)
+        found = gradients(run_by(way, net), net, x)
+        assert not any(name.startswith("blocks.1") for name in found)
+        assert_gradients_are_exact(found, net, x)
+
+    def test_frozen_layers(self, way):
+        def change(net: Net) -> None:
+            net.down.requires_grad_(False)
+            net.blocks[1].weight.requires_grad_(False)
+            net.up.bias.requires_grad_(False)
+
+        net, x = build(self.device, change=change)
+        found = gradients(run_by(way, net), net, x)
+        assert "down.weight" not in found and "blocks.1.weight" not in found and "blocks.1.bias" in found
+        assert_gradients_are_exact(found, net, x)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_autocast(self, way, dtype):
+        net, x = build(self.device)
+        call, scale = run_by(way, net), 1024.0
+        with torch.autocast(self.device, dtype=dtype):
+            y = call(x)
+            # a mean's gradients are near the smallest numbers of fp16, so users scale it as a GradScaler does
+            loss = scale * y.float().square().mean()
+        scaled = torch.autograd.grad(loss, list(net.parameters()))
+        found = {name: gradient / scale for (name, _), gradient in zip(net.named_parameters(), scaled, strict=True)}
+        assert all(gradient.dtype == torch.float32 for gradient in found.values())
+        assert_gradients_are_exact(found, net, x, dtype)
+
+    def test_a_short_training_falls_as_pytorch_s_does_and_repeats_bit_for_bit(self, way):
+        theirs, _ = losses("pytorch", self.device, self.steps, self.channels)
+        (first, parameters), (second, others) = (losses(way, self.device, self.steps, self.channels) for _ in range(2))
+        assert first == second and all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
+        assert first[-1] < 0.5 * first[0]
+        for ours, expected in zip(first, theirs, strict=True):
+            assert abs(ours - expected) <= 0.05 * expected + 0.01 * theirs[0]
