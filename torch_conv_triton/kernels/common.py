@@ -68,6 +68,23 @@ def widen(index, INT64: tl.constexpr):
         return index
 
 
+@triton.jit
+def split_program(a, b, c):
+    """The program's number as four indices: one below a, which runs fastest, one below b, one below c, and what is left."""
+    pid = tl.program_id(0)
+    return pid % a, (pid // a) % b, (pid // (a * b)) % c, pid // (a * b * c)
+
+
+@triton.jit
+def split_rows(m, sample, N, rows, FLATTEN: tl.constexpr):
+    """Mask of rows m, the sample of each, its row in it: rows of `sample`, or with FLATTEN of N samples of `rows` rows each."""
+    if FLATTEN:
+        mask = m < N * rows
+        return mask, (m // rows).to(tl.int64), m % rows
+    else:
+        return m < rows, sample.to(tl.int64), m
+
+
 @triton.constexpr_function
 def reduction_steps(C_IN, K, TAP_MAJOR, BLOCK_K):
     """Number of slices of BLOCK_K that the reduction over C_IN channels and K taps is cut into."""

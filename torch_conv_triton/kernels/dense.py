@@ -12,6 +12,8 @@ from torch_conv_triton.kernels.common import (
     implicit_gemm,
     needs_int64,
     prefetch_rows,
+    split_program,
+    split_rows,
     weight_matrix,
     widen,
 )
@@ -63,23 +65,13 @@ def conv1d_dense_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # channel tiles are the fastest so that programs that read the same x run together and find it in L2
-    pid = tl.program_id(0)
-    tile_n = pid % tiles_n
-    group = (pid // tiles_n) % GROUPS
-    tile_m = (pid // (tiles_n * GROUPS)) % tiles_m
-    sample = pid // (tiles_n * GROUPS * tiles_m)
+    tile_n, group, tile_m, sample = split_program(tiles_n, GROUPS, tiles_m)
 
     m = widen(tile_m, INT64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask, n, l_out = split_rows(m, sample, N, L_out, FLATTEN)
+    x_rows = x_ptr + n * stride_xn
     if FLATTEN:
-        row_mask = m < N * L_out
-        n = (m // L_out).to(tl.int64)
-        l_out = m % L_out
-        x_rows = (x_ptr + n * stride_xn)[:, None]
-    else:
-        row_mask = m < L_out
-        n = sample.to(tl.int64)
-        l_out = m
-        x_rows = x_ptr + n * stride_xn
+        x_rows = x_rows[:, None]
     o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_rows += widen(group, INT64) * C_IN * stride_xc
     if PREFETCH_LINES:

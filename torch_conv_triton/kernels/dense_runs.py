@@ -25,6 +25,8 @@ from torch_conv_triton.kernels.common import (
     reduction_slice,
     reduction_steps,
     round_tf32,
+    split_program,
+    split_rows,
     weight_matrix,
     widen,
 )
@@ -89,25 +91,17 @@ def conv1d_dense_runs_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # column tiles are the fastest so that programs that read the same x run together and find it in L2
-    pid = tl.program_id(0)
-    tile_n = pid % tiles_n
-    group = (pid // tiles_n) % GROUPS
-    tile_m = (pid // (tiles_n * GROUPS)) % tiles_m
-    sample = (pid // (tiles_n * GROUPS * tiles_m)).to(tl.int64)
+    tile_n, group, tile_m, sample = split_program(tiles_n, GROUPS, tiles_m)
+    sample = sample.to(tl.int64)
 
     start = widen(tile_m, INT64) * BLOCK_M
     m = start + tl.arange(0, BLOCK_M)
     x_ptr += widen(group, INT64) * C_IN * stride_xc
+    row_mask, n, run = split_rows(m, sample, N, RUNS, FLATTEN)
+    l_out = run * RUN
+    x_rows = x_ptr + n * stride_xn
     if FLATTEN:
-        row_mask = m < N * RUNS
-        n = (m // RUNS).to(tl.int64)
-        l_out = m % RUNS * RUN
-        x_rows = (x_ptr + n * stride_xn)[:, None]
-    else:
-        row_mask = m < RUNS
-        n = sample
-        l_out = m * RUN
-        x_rows = x_ptr + n * stride_xn
+        x_rows = x_rows[:, None]
     w_ptr += group * C_OUT * stride_wo
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import dot_precision, implicit_gemm, needs_int64, weight_matrix, widen
+from torch_conv_triton.kernels.common import dot_precision, implicit_gemm, needs_int64, split_program, weight_matrix, widen
 from torch_conv_triton.kernels.launch import launch
 
 
@@ -50,11 +50,8 @@ def conv1d_dense_skewed_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    tile_n = pid % tiles_n
-    turn = (pid // tiles_n) % CYCLE
-    tile_m = (pid // (tiles_n * CYCLE)) % tiles_m
-    sample = (pid // (tiles_n * CYCLE * tiles_m)).to(tl.int64)
+    tile_n, turn, tile_m, sample = split_program(tiles_n, CYCLE, tiles_m)
+    sample = sample.to(tl.int64)
 
     earlier = turn * (stride_yc % VECTOR) % VECTOR
     start = widen(tile_m, INT64) * BLOCK_M

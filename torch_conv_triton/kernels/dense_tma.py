@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, weight_matrix, widen
+from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, split_program, weight_matrix, widen
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import descriptor, launch
 
@@ -46,11 +46,7 @@ def conv1d_dense_tma_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    tile_n = pid % tiles_n
-    group = (pid // tiles_n) % GROUPS
-    tile_m = (pid // (tiles_n * GROUPS)) % tiles_m
-    sample = pid // (tiles_n * GROUPS * tiles_m)
+    tile_n, group, tile_m, sample = split_program(tiles_n, GROUPS, tiles_m)
 
     CHUNKS: tl.constexpr = C_IN // BLOCK_K
     # padding rounded up to whole rows of the view keeps the division below on non-negative numbers

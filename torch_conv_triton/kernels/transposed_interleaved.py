@@ -20,6 +20,7 @@ from torch_conv_triton.kernels.common import (
     reduction_slice,
     reduction_steps,
     round_tf32,
+    split_program,
     widen,
 )
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion
@@ -105,11 +106,8 @@ def conv1d_transposed_interleaved_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # channel tiles are the fastest so that programs that read the same x run together and find it in L2
-    pid = tl.program_id(0)
-    tile_n = pid % tiles_n
-    group = (pid // tiles_n) % GROUPS
-    tile_m = (pid // (tiles_n * GROUPS)) % tiles_m
-    sample = (pid // (tiles_n * GROUPS * tiles_m)).to(tl.int64)
+    tile_n, group, tile_m, sample = split_program(tiles_n, GROUPS, tiles_m)
+    sample = sample.to(tl.int64)
 
     start = widen(tile_m, INT64) * BLOCK_M
     q = start + ((0 if FLATTEN else PADDING // STRIDE) + tl.arange(0, BLOCK_M))

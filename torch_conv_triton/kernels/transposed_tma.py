@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, widen
+from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, split_program, widen
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion
 from torch_conv_triton.kernels.interleave import mask_phases, pack_interleaved, rows_of_samples, store_interleaved
 from torch_conv_triton.kernels.launch import descriptor, launch
@@ -80,11 +80,7 @@ def conv1d_transposed_tma_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    tile_n = pid % tiles_n
-    group = (pid // tiles_n) % GROUPS
-    tile_m = (pid // (tiles_n * GROUPS)) % tiles_m
-    sample = pid // (tiles_n * GROUPS * tiles_m)
+    tile_n, group, tile_m, sample = split_program(tiles_n, GROUPS, tiles_m)
 
     x_row = tile_m * BLOCK_M + (0 if FLATTEN else PADDING // STRIDE)
     w_row = group * C_OUT * ROWS + tile_n * BLOCK_N

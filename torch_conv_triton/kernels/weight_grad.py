@@ -18,6 +18,7 @@ from torch_conv_triton.kernels.common import (
     load_x_tile,
     needs_int64,
     round_tf32,
+    split_program,
     widen,
 )
 from torch_conv_triton.kernels.launch import launch
@@ -152,11 +153,7 @@ def conv1d_weight_grad_kernel(
     stride_dn *= VECTOR
     stride_do *= VECTOR
     # the tiles of one split are neighbours: they read the same blocks and find them in L2
-    pid = tl.program_id(0)
-    tile_c = pid % tiles_c
-    tile_o = (pid // tiles_c) % tiles_o
-    group = (pid // (tiles_c * tiles_o)) % GROUPS
-    split = pid // (tiles_c * tiles_o * GROUPS)
+    tile_c, tile_o, group, split = split_program(tiles_c, tiles_o, GROUPS)
 
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     o_mask = o < C_OUT

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import OFFSET_LIMIT, dot_tile, needs_int64, round_tf32, widen
+from torch_conv_triton.kernels.common import OFFSET_LIMIT, dot_tile, needs_int64, round_tf32, split_program, widen
 from torch_conv_triton.kernels.launch import launch, workspace
 from torch_conv_triton.kernels.reduction import partial_sums, sum_partials
 
@@ -117,11 +117,7 @@ def conv1d_weight_grad_rows_kernel(
     BLOCK_L: tl.constexpr,
 ):
     # the tiles of one split are neighbours: they read the same blocks and find them in L2
-    pid = tl.program_id(0)
-    tile_c = pid % tiles_c
-    tile_o = (pid // tiles_c) % tiles_o
-    group = (pid // (tiles_c * tiles_o)) % GROUPS
-    split = pid // (tiles_c * tiles_o * GROUPS)
+    tile_c, tile_o, group, split = split_program(tiles_c, tiles_o, GROUPS)
 
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     r = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
