@@ -1,7 +1,7 @@
 """The operator ``triton_conv::conv1d_fused``: a convolution with its padding, and with what follows it, in one go.
 
-For inference graphs only: it has no gradient. A kernel computes it where `plan` names one; elsewhere the ordinary convolution and
-torch's operators do.
+For graphs that autograd is done with: it has no gradient. A kernel computes it where `plan` names one; elsewhere the ordinary
+convolution and torch's operators do.
 """
 
 from __future__ import annotations
