@@ -153,9 +153,9 @@ ACTIVATIONS = {
     "hardswish": (F.hardswish, "add %0 3.0; max %1 0.0; min %2 6.0; mul %0 %3; div %4 6.0"),
     "clamp": (lambda y: y.clamp(-1, 2), "max %0 -1.0; min %1 2.0"),
     "prelu": (lambda y: F.prelu(y, SLOPE), "gt %0 0.0; mul %0 a0; where %1 %0 %2"),
-    "snake": (
-        lambda y: y + (ALPHA + 1e-9).reciprocal() * torch.sin(ALPHA * y).pow(2),
-        "mul %0 a0; sin %1; pow2 %2; add a0 1e-09; reciprocal %4; mul %5 %3; add %0 %6",
+    "bent": (
+        lambda y: y + (ALPHA + 1e-9).reciprocal() * torch.tanh(ALPHA * y).pow(2),
+        "mul %0 a0; tanh %1; pow2 %2; add a0 1e-09; reciprocal %4; mul %5 %3; add %0 %6",
     ),
     "scale": (lambda y: y * 0.5, "mul %0 0.5"),
     "scale by channel": (lambda y: y * ALPHA, "mul %0 a0"),
@@ -174,6 +174,11 @@ def test_what_follows_becomes_the_epilogue(function, program):
     assert f"zeros, {program}; out %{last} fp32 NCL, " in graph
     # a view of PReLU's slopes is left
     assert graph.count("aten.") == graph.count("aten.reshape")
+
+
+def test_sines_are_left_to_inductor_and_what_is_before_them_is_not():
+    graph = after(lambda x: torch.sin(ALPHA * (F.conv1d(x, W, B) + SAME)), X)
+    assert "zeros, add %0 a0; mul %1 a1; out %2 fp32 NCL, " in graph and "aten.sin" in graph
 
 
 def test_half_precision_is_rounded_once_at_the_end():

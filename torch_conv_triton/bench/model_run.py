@@ -156,9 +156,11 @@ def measure_model(name: str, dtype: str, *, size: str, train: bool, rounds: int,
         runs = (module, torch.compile(module), torch.compile(module, backend="triton_conv"))
         calls = {way: step(run, module, args, kwargs, train) for way, run in zip(WAYS, runs, strict=True)}
         ways = measure_ways(calls, expected, rounds, ms)
+        status, message = verdict(ways, dtype)
+        if status == "failed":
+            return ModelResult(name, dtype, size, train, status, message, ways=ways)
         with contextlib.redirect_stdout(io.StringIO()), torch.set_grad_enabled(train):
             report = torch_conv_triton.explain(module, *args, backward=train, **kwargs)
-    status, message = verdict(ways, dtype)
     return ModelResult(
         name,
         dtype,
