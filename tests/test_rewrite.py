@@ -345,6 +345,10 @@ def test_name_for_the_caches_covers_the_options_and_where_kernels_run(monkeypatc
     name = ConvolutionPass().uuid()
     assert name == ConvolutionPass(PassOptions(gradients=True)).uuid()
     assert name != ConvolutionPass(PassOptions(gradients=False)).uuid()
+    with torch.autocast("cpu", torch.float16):
+        in_half = ConvolutionPass().uuid()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len({name, in_half, ConvolutionPass().uuid()}) == 3
     monkeypatch.setattr(dispatch, "device_for", lambda device: None)
     assert name != ConvolutionPass().uuid()
 

@@ -100,8 +100,10 @@ class ConvolutionPass(CustomGraphPass):
         """What the rewritten graph depends on beside the graph itself."""
         if self.recorder:
             return None
-        # the same graph compiles to something else where the CPU runs kernels, that is in the interpreter
-        surroundings = (dispatch.device_for(torch.device("cpu")), current_precision(torch.float32))
+        # The same graph compiles to something else where the CPU runs kernels, that is in the interpreter, and under autocast to
+        # another dtype, which torch 2.11 forgets to ask for.
+        autocast = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        surroundings = (dispatch.device_for(torch.device("cpu")), current_precision(torch.float32), autocast)
         known = (source_hash(), tables.fingerprint())
         return ("triton_conv", torch_conv_triton.__version__, *known, repr(astuple(self.options)), repr(surroundings))
 
