@@ -5,17 +5,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
-from torch_conv_triton import fused
+from torch_conv_triton import dispatch, fused
 from torch_conv_triton.dispatch import Plan
 from torch_conv_triton.epilogue import Output, Program, Value, parse
-from torch_conv_triton.graph.convolution import has_strides, hint, named_arguments, value
+from torch_conv_triton.graph.convolution import has_strides, named_arguments, stand_in, value
 from torch_conv_triton.problem import Conv1dProblem
 
 ops = torch.ops.triton_conv
@@ -77,19 +75,19 @@ class OperatorCall:
 
     def plan(self) -> Plan:
         """How the operator would run it, at the sizes seen while compiling."""
-        return fused.plan(self._arguments(_stand_ins(self.tensors)))
+        return self._plan(self._stand_ins())
 
     def plan_reading(self, layout: str, rounded: bool) -> Plan:
         """How it would run if its input were stored so: contiguous ("NCL") or channels-last ("NLC"), rounded to TF32 or not."""
-        tensors = _stand_ins(self.tensors)
+        tensors = self._stand_ins()
         x = tensors[self.input]
         strides = Output(Value(0), x.dtype, layout).strides(*x.shape[1:])
-        tensors[self.input] = _stand_in(tuple(x.shape), strides, 0, x.dtype, x.device)
-        return fused.plan(replace(self, rounded=rounded)._arguments(tensors))
+        tensors[self.input] = x.new_empty_strided(x.shape, strides)
+        return replace(self, rounded=rounded)._plan(tensors)
 
     def problem(self) -> Conv1dProblem:
         """The convolution in it, at the sizes seen while compiling."""
-        return fused.problem_of(self._arguments(_stand_ins(self.tensors)))
+        return fused.problem_of(self._arguments(self._stand_ins()))
 
     @staticmethod
     def outputs(node: Node) -> tuple[Node, ...]:
@@ -127,6 +125,13 @@ class OperatorCall:
     def with_program(self, program: Program, operands: Sequence[Node]) -> OperatorCall:
         return replace(self, program=program, operands=tuple(operands))
 
+    def _stand_ins(self) -> dict[Node, Tensor]:
+        return {node: stand_in(value(node)) for node in self.tensors}
+
+    def _plan(self, tensors: dict[Node, Tensor]) -> Plan:
+        with dispatch.meta_stands_for(value(self.input).device):
+            return fused.plan(self._arguments(tensors))
+
     def _arguments(self, tensor: dict[Node, object]) -> fused.Arguments:
         """The arguments with what `tensor` says in place of each node."""
         return fused.Arguments(
@@ -143,22 +148,6 @@ class OperatorCall:
             [tensor[node] for node in self.operands],
             self.rounded,
         )
-
-
-def _stand_ins(nodes: Sequence[Node]) -> dict[Node, Tensor]:
-    """Tensors without data, of the sizes seen while compiling, in place of the values of nodes."""
-    tensors = {node: value(node) for node in nodes}
-    return {
-        node: _stand_in(tuple(map(hint, t.shape)), tuple(map(hint, t.stride())), hint(t.storage_offset()), t.dtype, t.device)
-        for node, t in tensors.items()
-    }
-
-
-@lru_cache(maxsize=1024)
-def _stand_in(sizes: tuple[int, ...], strides: tuple[int, ...], offset: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    extent = 1 + sum(max(size - 1, 0) * stride for size, stride in zip(sizes, strides, strict=True))
-    with FakeTensorMode():
-        return torch.empty(offset + extent, dtype=dtype, device=device).as_strided(sizes, strides, offset)
 
 
 def _as_stored(tensor: Tensor, output: Output) -> Tensor:
