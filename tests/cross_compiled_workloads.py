@@ -125,8 +125,7 @@ def compiled_kernels(workload: Workload, device: Device, capability: int | None)
     for plan in dispatch_gradients.weight_grad_candidates(problem, device):
         with compile_only(capability) as compiled:
             gradients.weight_grad_with(plan, problem, *pair)
-        # the sum of the partial sums comes last
-        rows.append(_row(plan, [kernel for kernel in compiled if kernel.name != "sum_partials_kernel"]))
+        rows.append(_row(plan, compiled))
     return rows
 
 
@@ -139,7 +138,8 @@ def _launch_fused(plan: dispatch.Plan, problem: Conv1dProblem, x: torch.Tensor, 
 
 
 def _row(plan: dispatch.Plan, compiled: list[Compiled]) -> dict:
-    kernels = [asdict(kernel) | {"ptx": None} for kernel in compiled]
+    # the sum of the partial sums of a weight's gradient comes last
+    kernels = [asdict(kernel) | {"ptx": None} for kernel in compiled if kernel.name != "sum_partials_kernel"]
     return {"plan": f"{plan.kernel} {plan.config}", "kernel": plan.kernel, "compiled": kernels}
 
 
@@ -155,7 +155,7 @@ def tuned_kernels(part: slice) -> dict[str, list[dict]]:
             if not plan.is_aten:
                 with mock.patch.object(dispatch, "device_for", lambda _: H200), compile_only(H200.capability) as compiled:
                     run(plan, problem, tensors(problem))
-            found[tables.key(problem)] = [_row(plan, [kernel for kernel in compiled if kernel.name != "sum_partials_kernel"])]
+            found[tables.key(problem)] = [_row(plan, compiled)]
     return found
 
 

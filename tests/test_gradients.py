@@ -16,6 +16,7 @@ from torch_conv_triton.testing import (
     assert_within_budget,
     expected_gradients,
     float32_precision,
+    in_turn,
     make_grad_output,
     make_inputs,
     poisoned_allocations,
@@ -79,11 +80,7 @@ def check(case: Case, dtype: torch.dtype, layout: str = "NCL", grad_layout: str 
     return kernels
 
 
-# every layout of every case, the dtypes in turn; the tests on a GPU run all of them
-IN_TURN = [(case, layout, DTYPES[(i + j) % 3]) for i, case in enumerate(PLAIN) for j, layout in enumerate(LAYOUTS)]
-
-
-@pytest.mark.parametrize(("case", "layout", "dtype"), IN_TURN, ids=str)
+@pytest.mark.parametrize(("case", "layout", "dtype"), in_turn(PLAIN, DTYPES), ids=str)
 def test_geometries(case, layout, dtype):
     assert bool(check(case, dtype, layout, layout)) == (case.N > 0)
 

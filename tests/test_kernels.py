@@ -1,6 +1,5 @@
 """Every kernel in Triton's interpreter against float64: named and random geometries, layouts, dtypes, memory full of NaN."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,6 +14,7 @@ from torch_conv_triton.testing import (
     assert_within_budget,
     check_case,
     float32_precision,
+    in_turn,
     make_inputs,
     random_cases,
 )
@@ -52,11 +52,6 @@ def run_every_plan(case: Case, dtype: torch.dtype, layout: str) -> list[str]:
     for plan in plans:
         check_case(case, lambda x, w, b, plan=plan: execute.forward_with(plan, problem, x, w, b), dtype, layout)
     return [plan.kernel for plan in plans]
-
-
-def in_turn(cases: Sequence[Case], dtypes: list[torch.dtype]) -> list[tuple[Case, str, torch.dtype]]:
-    """Every case in every layout, the dtypes in turn; the tests on a GPU run all of them."""
-    return [(case, layout, dtypes[(i + j) % len(dtypes)]) for i, case in enumerate(cases) for j, layout in enumerate(LAYOUTS)]
 
 
 @pytest.mark.parametrize(("case", "layout", "dtype"), in_turn(CASES, DTYPES), ids=str)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
@@ -137,6 +137,11 @@ CASES = (
     Case("transposed_tiny_C_out", 2, 24, 20, 1, 8, stride=4, padding=2, transposed=True),
     Case("transposed_empty_batch", 0, 4, 9, 6, 3, stride=2, transposed=True),
 )
+
+
+def in_turn(cases: Sequence[Case], dtypes: Sequence[torch.dtype]) -> list[tuple[Case, str, torch.dtype]]:
+    """Every case in every layout, the dtypes in turn: for tests in the interpreter, where those on a GPU run all of them."""
+    return [(case, layout, dtypes[(i + j) % len(dtypes)]) for i, case in enumerate(cases) for j, layout in enumerate(LAYOUTS)]
 
 
 def random_cases(count: int, seed: int) -> tuple[Case, ...]:
