@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from torch_conv_triton import dispatch, fused, reference
 from torch_conv_triton.configs import Config
-from torch_conv_triton.testing import Case, in_nan_buffer, poisoned_allocations
+from torch_conv_triton.testing import Case, float32_precision, in_nan_buffer, poisoned_allocations
 
 # name: (text of the activation of %0, which ends in the last value; the same in torch), in float64 alike
 CHAINS = {
@@ -101,3 +101,20 @@ def nearest_tf32(tensor):
     """The values with the last 13 of 23 mantissa bits rounded away, ties away from zero, with the strides of the tensor."""
     tensor.copy_(((tensor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32))
     return tensor
+
+
+def assert_sines_are_right(device):
+    """Sines and cosines of arguments of any size are those of arguments within a few roundings; NaN and infinities give NaN."""
+    case = Case("identity", 1, 8, 2000, 8, 1, groups=8)
+    scales = torch.tensor([1.0, 3.2, 1e2, 1e4, 1e6, 1e9, 1e30, 1.0], device=device)[:, None]
+    x = (2 * torch.rand(1, 8, 2000, generator=torch.Generator().manual_seed(0)) - 1).to(device) * scales
+    x[0, 7, :4] = torch.tensor([0.0, torch.nan, torch.inf, -torch.inf])
+    weight = torch.ones(8, 1, 1, device=device)
+    with float32_precision("ieee"):
+        results = call(x, weight, None, case, "sin %0; cos %0; out %1 fp32 NCL; out %2 fp32 NCL")
+    for actual, function in zip(results, (torch.sin, torch.cos), strict=True):
+        expected = function(x.double())
+        assert torch.equal(actual.isnan(), expected.isnan())
+        error = (actual - expected).abs() - x.double().abs() * 2**-22
+        assert error[x.isfinite()].max() < 1.5e-7
+        assert actual[x.isfinite()].abs().max() <= 1

@@ -7,6 +7,7 @@ from compiling import Captured
 from expecttest import assert_expected_inline
 from torch import nn
 
+from torch_conv_triton import dispatch
 from torch_conv_triton.dispatch import aten
 from torch_conv_triton.graph.call import OperatorCall
 
@@ -153,16 +154,16 @@ ACTIVATIONS = {
     "hardswish": (F.hardswish, "add %0 3.0; max %1 0.0; min %2 6.0; mul %0 %3; div %4 6.0"),
     "clamp": (lambda y: y.clamp(-1, 2), "max %0 -1.0; min %1 2.0"),
     "prelu": (lambda y: F.prelu(y, SLOPE), "gt %0 0.0; mul %0 a0; where %1 %0 %2"),
-    "bent": (
-        lambda y: y + (ALPHA + 1e-9).reciprocal() * torch.tanh(ALPHA * y).pow(2),
-        "mul %0 a0; tanh %1; pow2 %2; add a0 1e-09; reciprocal %4; mul %5 %3; add %0 %6",
-    ),
     "scale": (lambda y: y * 0.5, "mul %0 0.5"),
     "scale by channel": (lambda y: y * ALPHA, "mul %0 a0"),
     "residual, then relu": (lambda y: F.relu(y + SAME), "add %0 a0; max %1 0.0"),
     "relu, then residual": (lambda y: 2 * SAME - F.relu(y), "max %0 0.0; mul a0 2.0; sub %2 %1"),
     "mask": (lambda y: y * MASK.float(), "mul %0 a0"),
     "gate": (lambda y: y * torch.sigmoid(SAME), "sigmoid a0; mul %0 %1"),
+    "snake": (
+        lambda y: y + (ALPHA + 1e-9).reciprocal() * torch.sin(ALPHA * y).pow(2),
+        "mul %0 a0; sin %1; pow2 %2; add a0 1e-09; reciprocal %4; mul %5 %3; add %0 %6",
+    ),
     "softplus": (F.softplus, "gt %0 20.0; exp %0; log1p %2; where %1 %0 %3"),
 }
 
@@ -174,11 +175,6 @@ def test_what_follows_becomes_the_epilogue(function, program):
     assert f"zeros, {program}; out %{last} fp32 NCL, " in graph
     # a view of PReLU's slopes is left
     assert graph.count("aten.") == graph.count("aten.reshape")
-
-
-def test_sines_are_left_to_inductor_and_what_is_before_them_is_not():
-    graph = after(lambda x: torch.sin(ALPHA * (F.conv1d(x, W, B) + SAME)), X)
-    assert "zeros, add %0 a0; mul %1 a1; out %2 fp32 NCL, " in graph and "aten.sin" in graph
 
 
 def test_half_precision_is_rounded_once_at_the_end():
@@ -343,6 +339,16 @@ def test_nothing_is_folded_when_the_option_says_so():
 def test_nothing_is_folded_where_aten_would_compute_it(monkeypatch):
     monkeypatch.setattr(OperatorCall, "plan", lambda call: aten("it is faster"))
     assert not folded(after(lambda x: F.relu(F.conv1d(x, W)), X))
+
+
+def test_what_aten_computes_alone_is_folded_where_that_saves_a_pass_over_the_output(monkeypatch):
+    by_sizes = dispatch.plan
+    monkeypatch.setattr(dispatch, "plan", lambda problem, device: by_sizes(problem, device) if problem.has_bias else aten(""))
+    twice = after(lambda x: F.conv1d(F.relu(F.conv1d(x, W)), SQUARE, B), X)
+    assert "zeros, max %0 0.0; tf32 %1; out %2 fp32 NCL" in twice
+    assert "zeros, max %0 0.0; out %1 fp32 NCL" in after(lambda x: F.relu(F.conv1d(x, W)), X)
+    # Inductor computes the activation together with the sum
+    assert not folded(after(lambda x: F.relu(F.conv1d(x, W)).sum(2), X))
 
 
 def test_padding_is_folded_where_the_epilogue_cannot_be(monkeypatch):

@@ -111,8 +111,7 @@ class PaddedCodec(nn.Module):
 # convolutions that are folded, and the layers that round
 MODELS = {
     "vocoder": (Vocoder, (2, 6, 12), 11, 11),
-    # sines are left to Inductor
-    "codec": (Codec, (2, 1, 32), 2, 4),
+    "codec": (Codec, (2, 1, 32), 4, 4),
     "causal": (CausalNetwork, (2, 4, 20), 3, 2),
     "conformer": (ConformerModule, (2, 8, 20), 2, 3),
     "padded codec": (PaddedCodec, (2, 4, 20), 3, 4),

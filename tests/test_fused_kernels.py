@@ -5,7 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_cases import BY_ROWS, CHAINS, FAMILIES, PROGRAM, call, family_plan, float64, kernel_of, nearest_tf32, operand
+from fused_cases import (
+    BY_ROWS,
+    CHAINS,
+    FAMILIES,
+    PROGRAM,
+    assert_sines_are_right,
+    call,
+    family_plan,
+    float64,
+    kernel_of,
+    nearest_tf32,
+    operand,
+)
 
 from torch_conv_triton import dispatch, fused
 from torch_conv_triton.epilogue import INSTRUCTIONS
@@ -50,6 +62,10 @@ def test_every_instruction(name):
         expected = expected.where((y - others[0]).abs() > 1e-2, actual.double())
     budget = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
     assert_within_budget(actual if budget is None else actual.to(budget), expected, "ieee" if budget else "tf32")
+
+
+def test_sines_of_any_argument():
+    assert_sines_are_right("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

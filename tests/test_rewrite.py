@@ -178,7 +178,7 @@ class HandBuilt:
     """A graph of one convolution, or of its backward with the gradients of input and weight, and what the pass did to it."""
 
     def __init__(self, x, weight, bias=None, *, stride=1, dilation=1, transposed=False, output_padding=0, backward=False,
-                 output_strides=None, input_grad_strides=None):  # fmt: skip
+                 output_strides=None, input_grad_strides=None, fold=True):  # fmt: skip
         sizes = ([2 if stride == "symbolic" else stride], [1], [dilation], transposed, [output_padding], 1)
         y = aten.convolution(x.to("meta"), weight.to("meta"), None, *sizes)
         y = torch.empty_like(y, device=x.device)
@@ -198,7 +198,7 @@ class HandBuilt:
             node.meta["val"] = _with_strides(y, output_strides)
             self.graph.output([node])
         recorder = Recorder()
-        ConvolutionPass(recorder=recorder)(self.graph)
+        ConvolutionPass(PassOptions(fold=fold), recorder)(self.graph)
         self.graph.lint()
         self.records = recorder.records
 
@@ -247,7 +247,7 @@ def test_a_kernel_that_won_with_the_bias_keeps_it_unless_aten_won_without(monkey
     without_bias = dispatch.Plan("aten", None, "without a bias aten runs", tuned=tuned_without_bias)
     monkeypatch.setattr(dispatch, "device_for", lambda device: dispatch.INTERPRETER)
     monkeypatch.setattr(dispatch, "plan", lambda problem, device: kernel if problem.has_bias else without_bias)
-    built = HandBuilt(*(t.to("meta") for t in (X, WEIGHT, BIAS)), stride=2)
+    built = HandBuilt(*(t.to("meta") for t in (X, WEIGHT, BIAS)), stride=2, fold=False)
     assert ("triton_conv.conv1d.default(in0, in1, in2," in graph_text(built.graph)) is stays
     assert built.decisions == [("forward", "rewritten", (kernel if stays else without_bias).reason)]
 

@@ -121,12 +121,18 @@ def problem_of(a: Arguments) -> Conv1dProblem:
 
 def plan(a: Arguments) -> Plan:
     """How the operator would run these arguments, and why. Tensors need no memory."""
-    stored = [output.dtype for output in parse(a.epilogue, a.input.dtype).outputs]
+    program = parse(a.epilogue, a.input.dtype)
+    stored = [output.dtype for output in program.outputs]
     for dtype in (*stored, *(operand.dtype for operand in a.operands)):
         if dtype not in KERNEL_DTYPES:
             return aten(f"{dtype_name(dtype)} is computed by aten")
     beside = len(stored) > 1 or any(operand.dim() > 1 and min(operand.shape[-2:]) > 1 for operand in a.operands)
-    return dispatch.fused_plan(problem_of(a), dispatch.device_for(a.input.device), beside)
+    problem, device = problem_of(a), dispatch.device_for(a.input.device)
+    found = dispatch.fused_plan(problem, device, beside)
+    if found.is_aten and not problem.has_bias and any(instruction.name != "tf32" for instruction in program.instructions):
+        # what follows costs aten a pass over the output, as a bias does, and our kernels nothing
+        found = dispatch.fused_plan(replace(problem, has_bias=True), device, beside)
+    return found
 
 
 def compute_conv1d_fused(*arguments):

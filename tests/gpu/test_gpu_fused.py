@@ -3,7 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_cases import BY_ROWS, CHAINS, FAMILIES, PROGRAM, call, family_plan, float64, kernel_of, nearest_tf32, operand
+from fused_cases import (
+    BY_ROWS,
+    CHAINS,
+    FAMILIES,
+    PROGRAM,
+    assert_sines_are_right,
+    call,
+    family_plan,
+    float64,
+    kernel_of,
+    nearest_tf32,
+    operand,
+)
 
 from torch_conv_triton import dispatch, fused
 from torch_conv_triton.epilogue import INSTRUCTIONS
@@ -75,6 +87,10 @@ def test_every_instruction_and_activation(fresh):
         (actual, plain) = call(x, weight, bias, case, f"abs %0; add %1 0.5; {name} {arguments}; out %3 fp32 NCL; out %2 fp32 NCL")
         numbers = [torch.tensor(value, device="cuda") for value in (0.7, -0.3)[: function.arity - 1]]
         torch.testing.assert_close(actual, function.compute(plain, *numbers), rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_sines_of_any_argument(fresh):
+    assert_sines_are_right("cuda")
 
 
 def test_a_residual_that_is_the_input_is_repeated(fresh):

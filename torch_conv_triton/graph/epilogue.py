@@ -120,7 +120,7 @@ class _Growth:
         if not 1 <= len(outputs) <= 2 or not all(map(self._may_be_output, outputs)):
             return None
         # a second output is one more tensor to write: only where it would be written anyway
-        return outputs if len(outputs) == 1 or _is_read_from_memory(outputs[1], inside) else None
+        return outputs if len(outputs) == 1 or is_read_from_memory(outputs[1], inside) else None
 
     def _may_be_output(self, node: Node) -> bool:
         tensor = value(node)
@@ -209,11 +209,11 @@ def _is_returned(node: Node) -> bool:
     return any(user.op == "output" for user in node.users)
 
 
-def _is_read_from_memory(node: Node, inside: set[Node]) -> bool:
+def is_read_from_memory(node: Node, inside: set[Node]) -> bool:
     """Whether a reader of a node, beyond those `inside`, or of a view of it is no kernel that Inductor generates."""
     outside = [user for user in node.users if user not in inside]
     return any(
-        user.op == "output" or user.target in READERS or (user.target in VIEWS and _is_read_from_memory(user, inside))
+        user.op == "output" or user.target in READERS or (user.target in VIEWS and is_read_from_memory(user, inside))
         for user in outside
     )
 

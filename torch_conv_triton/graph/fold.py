@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from torch_conv_triton.graph.call import CONVOLUTIONS, OperatorCall
 from torch_conv_triton.graph.convolution import aten
-from torch_conv_triton.graph.epilogue import Epilogue, grow_epilogue
+from torch_conv_triton.graph.epilogue import Epilogue, grow_epilogue, is_read_from_memory
 from torch_conv_triton.graph.padding import fold_crop, fold_padding
 from torch_conv_triton.graph.report import ConvRecord
 
@@ -57,10 +57,16 @@ def _fold_one(graph: Graph, node: Node, first_write: Node | None, records: dict[
         if candidate is None or not candidate.words:
             continue
         plan = candidate.call.plan()
-        if not plan.is_aten:
+        if not plan.is_aten and (not whole.plan().is_aten or _saves_a_pass(candidate)):
             record = ConvRecord.of(records.pop(node).module, "forward", candidate.call.problem(), rewritten=True, plan=plan)
             records[_put(graph, candidate)] = replace(record, folded=", ".join(candidate.words))
             return
+
+
+def _saves_a_pass(fold: Fold) -> bool:
+    """Whether the outputs are written to memory anyway; otherwise Inductor folds the epilogue into what reads them."""
+    inside = set(fold.replaced)
+    return all(is_read_from_memory(output, inside) for output in fold.outputs)
 
 
 def _with_epilogue(bare: Fold, epilogue: Epilogue | None) -> Fold | None:

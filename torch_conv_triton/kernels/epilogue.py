@@ -16,6 +16,7 @@ from triton.language.extra import libdevice
 
 from torch_conv_triton.epilogue import Program
 from torch_conv_triton.kernels.common import interpreted, round_tf32, widen
+from torch_conv_triton.kernels.sine import sine
 
 PLAIN = "; out %0"
 
@@ -158,9 +159,9 @@ def apply_to_one(NAME: tl.constexpr, a):
     elif NAME == "pow2":
         return a * a
     elif NAME == "sin":
-        return tl.sin(a)
+        return sine(a, 0.0)
     elif NAME == "cos":
-        return tl.cos(a)
+        return sine(a, 0.5)
     elif NAME == "tanh":
         return 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0) if interpreted() else libdevice.tanh(a)
     elif NAME == "sigmoid":
