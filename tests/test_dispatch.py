@@ -164,7 +164,8 @@ def test_the_interpreter_runs_kernels_however_small_the_problem():
         ({"x_strides": (64 * 224280, 1, 65)}, "rows of x are not multiples of 16 bytes"),
         ({"aligned": False}, "x or the weight does not start on 16 bytes"),
         ({"dtype": torch.float32}, "float32 is rounded in registers, where a block copy has no gain"),
-        ({"C_in": 72}, "the channels of a group are not a multiple of 16"),
+        ({"C_in": 144, "groups": 2}, "the channels of a group are not a multiple of 16"),
+        ({"C_in": 24}, "the channels of a group are not a multiple of 16"),
         ({"L_in": 224281, "padding": 1}, "the stride does not divide the length and the last samples are needed"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -176,6 +177,27 @@ def test_what_a_tensor_descriptor_cannot_read(change, words):
     changed = replace(accepted, **change)
     assert dispatch.tma_refusal(changed, H200, dispatch.tma_config(changed, H200)) == words
     assert dispatch.tma_refusal(accepted, RTX4090, config) == "tensor descriptors need sm_90"
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "block"),
+    [(250, torch.float32, 32), (250, BF16, 64), (201, BF16, 32), (80, BF16, 32), (100, torch.float32, 32)],
+)
+def test_channels_that_are_no_whole_blocks_are_padded_in_a_copy(channels, dtype, block):
+    padded = problem((16, channels, 1000), 512, 7, padding=3, dtype=dtype)
+    (config,) = (plan.config for plan in dispatch.candidates(padded, H200) if plan.kernel == "dense_tma")
+    assert config.copy_to_nlc
+    assert config.BLOCK_K == block
+    grouped = replace(padded, C_in=2 * channels, groups=2)
+    assert dispatch.tma_refusal(grouped, H200, config) == "the channels of a group are not a multiple of 16"
+
+
+def test_a_weight_that_padding_takes_beyond_two_to_the_31_elements_is_refused():
+    large = problem((1, 33, 2**17), 2**10, 2**15, dtype=BF16)
+    config = replace(dispatch.tma_config(large, H200), BLOCK_K=32, copy_to_nlc=True)
+    assert dispatch.refusal(large) is None
+    assert dispatch.tma_refusal(replace(large, C_in=32), H200, config) is None
+    assert "padded" in dispatch.tma_refusal(large, H200, config)
 
 
 def test_a_transposed_convolution_of_stride_1_is_planned_as_the_plain_one_it_is():

@@ -307,6 +307,42 @@ def test_x_is_copied_to_channels_last_and_rounded_on_the_way(dtype, kernel):
     check_case(case, run, dtype, "NCL")
 
 
+PARTIAL_BLOCKS = (
+    Case("channels_beyond_a_block", 2, 50, 61, 21, 4, padding=2, dilation=3),
+    Case("channels_short_of_a_block", 1, 63, 45, 70, 5, stride=3, padding=4, bias=False),
+    Case("odd_channels", 2, 33, 40, 16, 1, stride=2),
+)
+
+
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", PARTIAL_BLOCKS, ids=str)
+def test_block_copies_pad_channels_with_zeros(case, dtype, block):
+    problem = case.problem(*make_inputs(case, dtype))
+    plan = dispatch.Plan("dense_tma", Config(32, 16, block, tap_major=True, copy_to_nlc=True), "")
+    assert dispatch.tma_refusal(problem, dispatch.INTERPRETER, plan.config) is None
+    check_case(case, lambda x, w, b: execute.forward_with(plan, problem, x, w, b), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [40, 72])
+def test_descriptors_pad_channels_that_are_read_in_place(channels, dtype):
+    case = Case("in_place", 2, channels, 61, 21, 5, padding=2)
+    assert "dense_tma" in run_every_plan(case, dtype, "NLC")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_non_finite_values_do_not_reach_padded_channels(value):
+    case = PARTIAL_BLOCKS[0]
+    x, weight, bias = make_inputs(case, torch.float32)
+    x[0, 49, 7] = weight[3, 0, 2] = value
+    expected = case.operator(torch.nn.functional)(x, weight, bias)
+    plan = dispatch.Plan("dense_tma", Config(32, 16, 32, tap_major=True, copy_to_nlc=True), "")
+    y = execute.forward_with(plan, case.problem(x, weight, bias), x, weight, bias)
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isnan(), expected.isnan())
+
+
 @pytest.mark.parametrize("weights_left", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [16, 48])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from torch_conv_triton.kernels.layout import channels_last_copy
+from torch_conv_triton.testing import poisoned_allocations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -15,6 +16,17 @@ def test_copies_every_element_and_pads_with_zeros(dtype, channels):
     assert copy.stride() == (68 * channels, 1, channels)
     torch.testing.assert_close(copy[:, :, :67], x, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(copy[:, :, 67:], torch.zeros(2, channels, 1, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [6, 7, 70])
+def test_fills_up_channels_with_zeros(dtype, channels):
+    x = torch.randn(2, channels, 67).to(dtype)
+    with poisoned_allocations():
+        copy = channels_last_copy(x, multiple=4, channels=16)
+    padded = -(-channels // 16) * 16
+    assert copy.shape == (2, padded, 68) and copy.stride() == (68 * padded, 1, padded)
+    assert torch.equal(copy, torch.nn.functional.pad(x, (0, 1, 0, padded - channels)))
 
 
 def test_reads_any_strides():

@@ -267,8 +267,31 @@ def config_refusal(config: Config, problem: Conv1dProblem, device: Device) -> st
     return None
 
 
+def pads_channels(problem: Conv1dProblem) -> bool:
+    """Whether a copy of x to NLC is a candidate for its rows padded to whole blocks of channels alone."""
+    if problem.layout == "NLC" or problem.groups > 1 or problem.K == 1 or problem.C_in < 64 or problem.C_in % 32 == 0:
+        return False
+    if problem.dtype.itemsize == 4 and problem.precision == "ieee":
+        return False
+    return problem.L_out >= 128 and problem.flops > 1e9
+
+
+def channel_block(problem: Conv1dProblem, BLOCK_K: int) -> int:
+    """Channels of a block copy, at most BLOCK_K: a power of two that divides those of a group, or pads those of a single one."""
+    channels = problem.C_in_per_group
+    whole = min(BLOCK_K, channels & -channels)
+    if problem.groups > 1 or whole >= 32 or channels < 32:
+        return whole
+    # narrow blocks lose more than a few zeros cost
+    return min((BLOCK_K, 32) if channels > 64 else (32, 16), key=lambda block: -channels % block)
+
+
 def tma_config(problem: Conv1dProblem, device: Device) -> Config:
-    """Tile of the tensor-descriptor kernel: BLOCK_K is a power of two that divides the channels of a group."""
+    """Tile of the tensor-descriptor kernel."""
+    return fit(_tma_tile(problem, device), problem, device)
+
+
+def _tma_tile(problem: Conv1dProblem, device: Device) -> Config:
     config = gemm_config(problem, device)
     channels = problem.C_in_per_group
     if problem.dtype.itemsize == 4:
@@ -282,12 +305,14 @@ def tma_config(problem: Conv1dProblem, device: Device) -> Config:
         # x_hifi32_bf16 in NLC 256x32x32 0.314, 128x32x32 0.331
         BLOCK_M=128 if config.BLOCK_N >= 64 else 256,
         BLOCK_N=min(config.BLOCK_N, 128),
-        BLOCK_K=min(BLOCK_K, channels & -channels),
+        BLOCK_K=channel_block(problem, BLOCK_K),
+        copy_to_nlc=config.copy_to_nlc or pads_channels(problem),
         # tensor cores of sm_100 leave the accumulators to an epilogue that spills with fewer
         num_warps=8 if device.capability >= 100 else 4,
         num_stages=num_stages,
         merge_taps=False,
         weights_left=False,
+        prefetch=False,
     )
     if problem.rounded and config.BLOCK_N <= 64:
         # the best of five: 64 -> 64 K7 of 8 x 38400 0.103, 32 -> 32 K3 of 8 x 153600 0.123

@@ -143,8 +143,12 @@ def tma_refusal(problem: Conv1dProblem, device: Device, config: Config) -> str |
         return "tensor descriptors need sm_90"
     if problem.dtype == torch.float32 and not (problem.precision == "tf32" and (config.copy_to_nlc or problem.rounded)):
         return "float32 is rounded in registers, where a block copy has no gain"
-    if config.BLOCK_K < 16 or problem.C_in_per_group % config.BLOCK_K:
+    if config.BLOCK_K < 16 or (problem.groups > 1 and problem.C_in_per_group % config.BLOCK_K):
         return "the channels of a group are not a multiple of 16"
+    if problem.C_in_per_group < config.BLOCK_K:
+        return "a block has more channels than there are"
+    if problem.C_out * -(-problem.C_in_per_group // config.BLOCK_K) * config.BLOCK_K * problem.K > INT32_MAX:
+        return "the weight has 2^31 elements or more when its channels are padded"
     if config.copy_to_nlc:
         return None
     if problem.x_strides[1] != 1:
@@ -288,7 +292,8 @@ def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
     if not tma_refusal(problem, device, config):
         # A descriptor costs the host tens of microseconds, so the kernel has to outlast it. Narrow copies lose (p28, 16
         # channels wide: 0.53 against 0.34).
-        wins = problem.flops > 20e9 and config.BLOCK_K >= 32 and problem.L_out >= 64
+        whole = config.BLOCK_K >= 32 and problem.C_in_per_group % config.BLOCK_K == 0
+        wins = problem.flops > 20e9 and whole and problem.L_out >= 64
         if problem.dtype == torch.float32:
             # x_k7c192 as a gathered GEMM with tiles of 256 channels 0.959, in block copies 1.054
             wins = wins and problem.C_out_per_group % 128 == 0
@@ -296,7 +301,7 @@ def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
             # 64 -> 64 K3, K7 and K11 of 8 x 38400 0.068, 0.103 and 0.150, gathered 0.069, 0.108 and 0.160; 32 -> 32 K3 of 8 x
             # 153600 0.123 and 0.118
             fills = problem.C_out_per_group <= 128 or problem.C_out_per_group % 128 == 0
-            wins = problem.flops > 2e9 and config.BLOCK_K >= 32 and config.BLOCK_N >= 64 and problem.L_out >= 64 and fills
+            wins = problem.flops > 2e9 and whole and config.BLOCK_N >= 64 and problem.L_out >= 64 and fills
         plan = Plan("dense_tma", config, "channels-last x: every tap is a row shift of one block copy")
         ranked.append((2 if wins else 0, plan))
     config = persistent_config(problem, device)

@@ -118,8 +118,10 @@ def launch_kernel(
     if config.copy_to_nlc and plan.kernel.startswith("dense"):
         from torch_conv_triton.kernels.layout import channels_last_copy
 
-        # whole strides: the tensor-descriptor kernel sees x as rows of `stride` samples, and zeros beyond the end change nothing
-        x = channels_last_copy(x, p.stride if p.padding_mode == "zeros" else 1, rounded=tf32)
+        # whole strides and blocks of channels: the tensor-descriptor kernel sees x as rows of `stride` samples, and zeros beyond
+        # the end change nothing
+        channels = config.BLOCK_K if plan.kernel == "dense_tma" else 1
+        x = channels_last_copy(x, p.stride if p.padding_mode == "zeros" else 1, rounded=tf32, channels=channels)
     if plan.kernel == "depthwise":
         from torch_conv_triton.kernels.depthwise import conv1d_depthwise
 

@@ -28,6 +28,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LARGE = (
     Case("wide_copied", 2, 256, 1400, 256, 5, padding=2),
     Case("wide_strided", 2, 128, 1001, 512, 3, stride=2, padding=1),
+    Case("padded_channels", 3, 250, 500, 250, 7, padding=3),
+    Case("padded_channels_strided", 3, 201, 1001, 250, 24, stride=3, padding=11, dilation=2),
     Case("vocoder", 2, 32, 80000, 32, 7, padding=9, dilation=3),
     Case("seed", 2, 64, 60000, 128, 3, stride=3, dilation=4),
     Case("three_tiles", 1, 192, 20000, 192, 7, padding=3),

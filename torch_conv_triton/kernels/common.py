@@ -281,32 +281,36 @@ def pack_weight_kernel(
     stride_wc,
     stride_wk,
     C_IN: tl.constexpr,
+    CHANNELS: tl.constexpr,
     K: tl.constexpr,
     TAP_MAJOR: tl.constexpr,
     ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[o, r] = w[o, c, k] with r in the order of the reduction, rounded to TF32 where asked."""
+    """out[o, r] = w[o, c, k] with r in the order of the reduction, rounded to TF32 where asked; 0 for c of C_IN to CHANNELS."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    o = i // (C_IN * K)
-    r = i % (C_IN * K)
+    o = i // (CHANNELS * K)
+    r = i % (CHANNELS * K)
     if TAP_MAJOR:
-        k = r // C_IN
-        c = r % C_IN
+        k = r // CHANNELS
+        c = r % CHANNELS
     else:
         k = r % K
         c = r // K
     offsets = o.to(tl.int64) * stride_wo + c.to(tl.int64) * stride_wc + k.to(tl.int64) * stride_wk
-    w = tl.load(w_ptr + offsets, mask=i < numel, other=0.0)
+    w = tl.load(w_ptr + offsets, mask=(i < numel) & (c < C_IN), other=0.0)
     if ROUND:
         w = round_tf32(w)
     tl.store(out_ptr + i, w, mask=i < numel)
 
 
-def pack_weight(weight: Tensor, tap_major: bool, rounded: bool) -> Tensor:
-    """The weight ``(C_out, C_in / groups, K)`` as a matrix ``(C_out, R)`` in reduction order, TF32-rounded if `rounded`."""
+def pack_weight(weight: Tensor, tap_major: bool, rounded: bool, channels: int) -> Tensor:
+    """The weight ``(C_out, C_in / groups, K)`` as a matrix ``(C_out, channels * K)`` in reduction order.
+
+    Zero for the channels that the weight does not have; TF32-rounded if `rounded`.
+    """
     C_out, C_in, K = weight.shape
-    packed = workspace((C_out, C_in * K), dtype=weight.dtype, device=weight.device)
+    packed = workspace((C_out, channels * K), dtype=weight.dtype, device=weight.device)
     block = 1024
     launch(
         pack_weight_kernel,
@@ -316,6 +320,7 @@ def pack_weight(weight: Tensor, tap_major: bool, rounded: bool) -> Tensor:
         packed.numel(),
         *weight.stride(),
         C_IN=C_in,
+        CHANNELS=channels,
         K=K,
         TAP_MAJOR=tap_major,
         ROUND=rounded,
@@ -324,14 +329,16 @@ def pack_weight(weight: Tensor, tap_major: bool, rounded: bool) -> Tensor:
     return packed
 
 
-def weight_matrix(weight: Tensor, tap_major: bool, rounded: bool) -> tuple[Tensor, int, bool]:
+def weight_matrix(weight: Tensor, tap_major: bool, rounded: bool, channels: int | None = None) -> tuple[Tensor, int, bool]:
     """The weight in reduction order: (tensor, row stride, whether its values are already rounded to TF32).
 
-    A weight that is stored in that order is used as it is; any other is packed, which costs one pass over it.
+    A weight that is stored in that order is used as it is; any other is packed, which costs one pass over it. `channels`: as
+    many of each tap, of which those that the weight does not have are zero (default: its own).
     """
     C_out, C_in, K = weight.shape
+    channels = channels or C_in
     stride_o, stride_c, stride_k = weight.stride()
-    if C_out * stride_o > OFFSET_LIMIT:
+    if C_out * stride_o > OFFSET_LIMIT or channels > C_in:
         in_order = False
     elif tap_major:
         in_order = (stride_c == 1 or C_in == 1) and (stride_k == C_in or K == 1)
@@ -339,7 +346,7 @@ def weight_matrix(weight: Tensor, tap_major: bool, rounded: bool) -> tuple[Tenso
         in_order = (stride_k == 1 or K == 1) and (stride_c == K or C_in == 1)
     if in_order and not (tap_major and rounded):
         return weight, stride_o, False
-    packed = pack_weight(weight, tap_major, rounded)
+    packed = pack_weight(weight, tap_major, rounded, channels)
     return packed, packed.stride(0), rounded
 
 

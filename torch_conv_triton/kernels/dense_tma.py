@@ -1,7 +1,8 @@
 """Dense convolution of channels-last x through tensor descriptors (Hopper and later): every tap is a row shift of one block copy.
 
 In NLC a tap moves along an outer dimension, so any padding, dilation and length gives an aligned copy, and rows outside the
-signal arrive as zeros. With stride s, x is seen as (N, s, L_in / s, C): a tap is then one (phase, row shift).
+signal arrive as zeros. With stride s, x is seen as (N, s, L_in / s, C): a tap is then one (phase, row shift). Channels that are
+no whole blocks are padded with zeros: those of x by the copy to NLC or by the descriptor, those of the weight when it is packed.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch_conv_triton.kernels.launch import descriptor, launch
 
 @triton.jit(do_not_specialize=["tiles_m", "tiles_n"])
 def conv1d_dense_tma_fwd_kernel(
-    x_desc,  # (N, STRIDE, L_in / STRIDE, C_in), block [1, 1, BLOCK_M, BLOCK_K]
-    w_desc,  # (C_out, K * C_in), block [BLOCK_N, BLOCK_K]
+    x_desc,  # (N, STRIDE, L_in / STRIDE, GROUPS * C_IN or fewer), block [1, 1, BLOCK_M, BLOCK_K]
+    w_desc,  # (C_out, K * C_IN), block [BLOCK_N, BLOCK_K]
     b_ptr,  # (C_out,), or unused
     y_ptr,  # (N, C_out, L_out), any strides
     L_out,
@@ -32,7 +33,7 @@ def conv1d_dense_tma_fwd_kernel(
     more,  # as `store_outputs` takes it
     more_strides,
     GROUPS: tl.constexpr,
-    C_IN: tl.constexpr,  # per group
+    C_IN: tl.constexpr,  # per group, whole blocks
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
@@ -103,11 +104,15 @@ def conv1d_dense_tma(
     config,
     fusion: Fusion = NO_FUSION,
 ) -> None:
-    """As `conv1d_dense`, for x that `dispatch.tma_refusal` accepts: NLC, 16-byte aligned rows, whole channel blocks."""
+    """As `conv1d_dense`, for x that `dispatch.tma_refusal` accepts: NLC, 16-byte aligned rows, whole channel blocks or one group.
+
+    An x of whole blocks may have more channels than the weight.
+    """
     N, C_total, L_in = x.shape
     _, C_out, L_out = y.shape
     _, C_in, K = weight.shape
-    w, stride_wo, _ = weight_matrix(weight, tap_major=True, rounded=tf32)
+    C_in = triton.cdiv(C_in, config.BLOCK_K) * config.BLOCK_K
+    w, stride_wo, _ = weight_matrix(weight, tap_major=True, rounded=tf32, channels=C_in)
     stride_n, _, stride_l = x.stride()
     x_desc = descriptor(
         x,
