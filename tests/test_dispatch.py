@@ -186,8 +186,7 @@ def test_what_a_tensor_descriptor_cannot_read(change, words):
 def test_channels_that_are_no_whole_blocks_are_padded_in_a_copy(channels, dtype, block):
     padded = problem((16, channels, 1000), 512, 7, padding=3, dtype=dtype)
     (config,) = (plan.config for plan in dispatch.candidates(padded, H200) if plan.kernel == "dense_tma")
-    assert config.copy_to_nlc
-    assert config.BLOCK_K == block
+    assert (config.BLOCK_K, config.copy_to_nlc) == (block, True)
     grouped = replace(padded, C_in=2 * channels, groups=2)
     assert dispatch.tma_refusal(grouped, H200, config) == "the channels of a group are not a multiple of 16"
 

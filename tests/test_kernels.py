@@ -331,6 +331,20 @@ def test_descriptors_pad_channels_that_are_read_in_place(channels, dtype):
     assert "dense_tma" in run_every_plan(case, dtype, "NLC")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_descriptors_read_nothing_between_rows(dtype):
+    case = PARTIAL_BLOCKS[0]
+    rows = torch.full((2, 61, 64), torch.nan, dtype=dtype)
+    x, weight, bias = make_inputs(case, dtype)
+    rows[:, :, :50] = x.transpose(1, 2)
+    x = rows[:, :, :50].transpose(1, 2)
+    plan = dispatch.Plan("dense_tma", Config(32, 16, 32, tap_major=True), "")
+    problem = case.problem(x, weight, bias)
+    assert dispatch.plan_refusal(plan, problem, dispatch.INTERPRETER) is None
+    y = execute.forward_with(plan, problem, x, weight, bias)
+    assert_within_budget(y, reference.conv1d(x, weight, bias, *case.geometry))
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_non_finite_values_do_not_reach_padded_channels(value):
     case = PARTIAL_BLOCKS[0]
