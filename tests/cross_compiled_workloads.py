@@ -54,6 +54,9 @@ WORKLOADS = (
     Workload("seed_bf16_nlc", (64, 64, 224280), (128, 64, 3), BF16, stride=3, dilation=4, nlc=True),
     Workload("vocoder_rounded", (8, 64, 38400), (64, 64, 7), FP32, padding=3, nlc=True, rounded=True),
     Workload("vocoder_rounded_256_channels", (8, 256, 2400), (256, 256, 7), FP32, padding=3, nlc=True, rounded=True),
+    Workload("vocoder_rounded_128_channels", (8, 128, 9600), (128, 128, 3), FP32, padding=1, nlc=True, rounded=True),
+    Workload("vocoder_rounded_channels_first", (8, 32, 153600), (32, 32, 7), FP32, padding=3, rounded=True),
+    Workload("codec_rounded_pointwise", (4, 96, 220160), (96, 96, 1), FP32, nlc=True, rounded=True),
     Workload("vocoder_32_channels", (8, 32, 153600), (32, 32, 3), FP32, padding=1),
     Workload("encoder_512_channels", (16, 512, 31999), (512, 512, 3), FP16, stride=2, fused=True),
     Workload("vocoder_64_channels", (8, 64, 38400), (64, 64, 11), FP32, padding=25, dilation=5),
@@ -106,7 +109,11 @@ def compiled_kernels(workload: Workload, device: Device, capability: int | None)
     precision = "tf32" if workload.dtype == FP32 and not workload.full_precision else "ieee"
     problem = replace(Conv1dProblem.from_tensors(x, weight, None, *geometry), precision=precision, rounded=workload.rounded)
     rows = []
-    for plan in dispatch.candidates(problem, device):
+    plans = [*dispatch.candidates(problem, device)]
+    if workload.rounded:
+        # what follows has a say in the tile
+        plans += {dispatch.fused_plan(problem, device, beside) for beside in (False, True)}.difference(plans)
+    for plan in plans:
         if problem.is_depthwise and not plan.kernel.startswith("depthwise"):
             continue
         if (workload.fused or workload.rounded) and plan.kernel in dispatch.FUSING and plan.kernel != "dense_persistent":
@@ -136,7 +143,9 @@ def _launch_fused(plan: dispatch.Plan, problem: Conv1dProblem, x: torch.Tensor, 
     from torch_conv_triton.kernels.epilogue import Fusion
 
     y, second, residual = (x.new_empty((problem.N, problem.C_out, problem.L_out)) for _ in range(3))
-    text = "ncl; add %0 a0; mul %1 0.1; gt %1 0.0; where %3 %1 %2; out %4; out %1"
+    if problem.rounded and problem.layout == "NLC":
+        y, second, residual = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (y, second, residual))
+    text = "ncl; add %0 a0; mul %1 1.5; sin %2; pow2 %3; add %1 %4; out %5; out %1"
     execute.launch_kernel(plan, problem, x, weight, None, y, Fusion(text, (second, residual), rounded=problem.rounded))
 
 

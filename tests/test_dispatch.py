@@ -269,6 +269,34 @@ def test_rounded_float32_is_read_in_block_copies_without_a_copy_of_it(found, ker
     assert not plan.config.copy_to_nlc
 
 
+def test_outputs_stored_channels_last_have_their_channels_in_a_row():
+    first = problem((8, 64, 38400), 64, 3, padding=1)
+    last = replace(first, y_strides=(64 * 38400, 1, 64))
+    assert halo_config(first).weights_left and HaloShape.of(first, halo_config(first)).staged
+    assert not halo_config(last).weights_left and not HaloShape.of(last, halo_config(last)).staged
+    assert "y is channels-last" in halo_refusal(last, H200, halo_config(first))
+
+
+POINTWISE, SHORT, LONG = (rounded((8, 128, 9600), 128, K, padding=K // 2) for K in (1, 7, 13))
+FIRST = replace(problem((8, 64, 38400), 64, 7, padding=3), rounded=True)
+
+
+@pytest.mark.parametrize(
+    "found, alone, beside",
+    [
+        (POINTWISE, "128x128x32 w4 s3", "64x64x32 w4 s3"),
+        (SHORT, "128x128x32 w4 s3", "64x128x32 w4 s4"),
+        (LONG, "128x128x32 w4 s3", "128x128x32 w8 s4"),
+        (FIRST, "256x64x64 w8 s7 weights_left prefetch", "128x64x64 w8 s7 prefetch"),
+    ],
+    ids=lambda value: value.describe() if isinstance(value, Conv1dProblem) else value,
+)
+def test_a_residual_and_a_second_output_make_tiles_smaller(found, alone, beside):
+    plans = [dispatch.fused_plan(found, H200, tiles_beside) for tiles_beside in (False, True)]
+    assert [str(plan.config).removesuffix(" tap_major") for plan in plans] == [alone, beside]
+    assert all(dispatch.plan_refusal(plan, found, H200) is None for plan in plans)
+
+
 def test_a_fused_problem_has_the_plan_of_the_problem_alone_where_that_kernel_fuses():
     alone = problem((8, 256, 9600), 256, 7, padding=3)
     assert dispatch.fused_plan(alone, H200) == dispatch.plan(alone, H200)

@@ -90,6 +90,9 @@ def _stages(problem: Conv1dProblem, config: Config) -> bool:
     rows that do not, 1.23 against 1.45, in bfloat16 0.71 against 1.82; 32 -> 32 K7, with rows that do, 0.137 against 0.148 in
     tiles of 256 rows and 0.148 against 0.140 in tiles of 128.
     """
+    if problem.y_strides[2] != 1:
+        # channels-last: the accumulators hold whole sectors of channels
+        return False
     return config.BLOCK_M >= 256 or problem.dtype.itemsize == 2 or problem.L_out % 8 != 0
 
 
@@ -103,6 +106,9 @@ def halo_config(problem: Conv1dProblem) -> Config:
         # 32 -> 32 K7 256 w8 0.116, w4 0.121; 64 -> 64 K11 128 w4 0.210, 256 w4 0.231; 64 -> 128 K3 128 w4 p2 0.670, w8 p1 0.768
         rows, warps = (256, 8) if BLOCK_N <= 32 else (128, 4)
         config = Config(rows, BLOCK_N, BLOCK_K, num_warps=warps, programs_per_sm=2, prefetch=True)
+    if problem.y_strides[2] != 1:
+        # 64 -> 64 K7 with Snake 0.880 with the weights on the left
+        config = replace(config, weights_left=False)
     reach = (problem.K - 1) * problem.dilation
     while config.BLOCK_M < 512 and 2 * reach > config.BLOCK_M:
         config = replace(config, BLOCK_M=2 * config.BLOCK_M, num_warps=8)
@@ -139,8 +145,10 @@ def _config_32bit(problem: Conv1dProblem, BLOCK_N: int, BLOCK_K: int) -> Config:
         # kb67 128x128 w8 1.20, without prefetch 2.0; kb74 256x64 w8 0.531
         return Config(128 if BLOCK_N == 128 else 256, BLOCK_N, BLOCK_K, num_warps=8, prefetch=True)
     if problem.K <= 3:
-        # p07 256 w8 p2 0.104, 128 w4 p2 with prefetch 0.106; 8 x 64 x 38400 K3 0.064 and 0.066
-        return Config(256, BLOCK_N, BLOCK_K, num_warps=8, programs_per_sm=2, weights_left=True)
+        # p07 256 w8 p2 0.104, 128 w4 p2 with prefetch 0.106; 8 x 64 x 38400 K3 0.064 and 0.066, rounded, with a leaky ReLU and L2
+        # flushed w8 0.098, w4 0.070
+        warps = 4 if problem.rounded else 8
+        return Config(256, BLOCK_N, BLOCK_K, num_warps=warps, programs_per_sm=2, weights_left=True)
     if problem.K <= 7:
         # x_dac64k7d9 0.258, with the weights on the right 0.262, passing through 0.292
         return Config(256, BLOCK_N, BLOCK_K, num_warps=8, weights_left=True, prefetch=True)
@@ -164,6 +172,8 @@ def halo_refusal(problem: Conv1dProblem, device: Device, config: Config) -> str 
         return "offsets in a sample of x pass 2^30"
     if 2 * (problem.K - 1) * problem.dilation > config.BLOCK_M:
         return "the halo is larger than half a tile"
+    if config.weights_left and problem.y_strides[2] != 1:
+        return "the accumulators hold positions in a row, and y is channels-last"
     accumulators = config.BLOCK_M * config.BLOCK_N // (32 * config.num_warps)
     rows = config.BLOCK_N if config.weights_left else config.BLOCK_M
     if config.num_warps not in (4, 8) or rows < 64 or accumulators > 128:

@@ -23,6 +23,7 @@ from torch_conv_triton.configs import (
     tma_config,
 )
 from torch_conv_triton.configs_depthwise import depthwise_choices, skewed_refusal, toeplitz_refusal
+from torch_conv_triton.configs_fused import fused_choice
 from torch_conv_triton.configs_halo import halo_config, halo_refusal, halo_wins
 from torch_conv_triton.configs_thin import THIN, thin_choices, thin_refusal
 from torch_conv_triton.configs_transposed import (
@@ -275,9 +276,15 @@ def fused_plan(problem: Conv1dProblem, device: Device | None, beside: bool = Fal
     # resident weights leave them no shared memory
     fusing = [kernel for kernel in FUSING if not (beside and kernel == "dense_persistent")]
     found = plan(problem, device)
-    if found.is_aten or found.kernel in fusing:
+    if found.is_aten:
         return found
-    return next(candidate for candidate in reversed(candidates(problem, device)) if candidate.kernel in fusing)
+    if found.kernel not in fusing:
+        found = next(candidate for candidate in reversed(candidates(problem, device)) if candidate.kernel in fusing)
+    if problem.rounded:
+        choice = fused_choice(found.kernel, found.config, problem, beside)
+        if choice != (found.kernel, found.config):
+            return Plan(*choice, f"{found.reason}; in tiles that suit what follows")
+    return found
 
 
 def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:

@@ -1,0 +1,48 @@
+"""Tiles for convolutions whose epilogue moves as much memory as the convolution itself. Measured on an H200; us in comments.
+
+In compiled graphs float32 is rounded before it is read, so what is left of a short reduction is its epilogue: a residual is read,
+two outputs are written. One program of a large tile keeps a multiprocessor waiting for all that; several small ones overlap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch_conv_triton.configs import Config
+from torch_conv_triton.problem import Conv1dProblem
+
+
+def fused_choice(kernel: str, config: Config, problem: Conv1dProblem, beside: bool) -> tuple[str, Config]:
+    """The kernel and the tile for rounded float32, given those of the convolution alone.
+
+    `beside`: whether tiles of operands or of a second output are beside the tile of the output.
+    """
+    if kernel == "dense_halo":
+        return kernel, _halo(config, problem) if beside else config
+    if problem.layout != "NLC" or kernel not in ("dense", "dense_tma"):
+        return kernel, config
+    if problem.K == 1 and beside:
+        # with Snake and a residual 96 channels 484, 128x128x32 as block copies 1078; 128 channels 284 and 572, 384 263 and 478
+        tile = {name: min(size, getattr(config, name)) for name, size in (("BLOCK_M", 64), ("BLOCK_N", 64), ("BLOCK_K", 32))}
+        return "dense", replace(config, **tile, num_warps=4, num_stages=3)
+    if kernel == "dense_tma" and (config.BLOCK_M, config.BLOCK_N) == (128, 128):
+        slices = problem.K * problem.C_in_per_group // config.BLOCK_K
+        if not beside:
+            # 128 -> 128 K7 375, with 4 stages 459; 384 -> 384 700 and 719; channels that leave a tile unfilled, 96 -> 96 K7, as a
+            # gathered GEMM 601, in block copies 702
+            unfilled = problem.C_out_per_group < config.BLOCK_N
+            return "dense" if unfilled else kernel, replace(config, num_stages=3)
+        if slices <= 48:
+            # 128 -> 128 K3 69, as 128x128 98, K7 100 and 122; 256 -> 256 K3 55 and 72
+            return kernel, replace(config, BLOCK_M=64)
+        # 256 -> 256 K7 88, in 4 warps 101
+        return kernel, replace(config, num_warps=8)
+    return kernel, config
+
+
+def _halo(config: Config, problem: Conv1dProblem) -> Config:
+    reach = (problem.K - 1) * problem.dilation
+    if problem.K >= 7 and config.BLOCK_M == 256 and reach <= 18:
+        # 64 -> 64 K7 144, in tiles of 256 158; 32 -> 32 K7 194 and 231; a longer reach leaves few outputs of a tile
+        return replace(config, BLOCK_M=128, num_warps=8, weights_left=False)
+    return config
