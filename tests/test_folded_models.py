@@ -108,6 +108,32 @@ class PaddedCodec(nn.Module):
         return self.up(self.third(F.elu(x)))[..., 2:-1]
 
 
+class Separator(nn.Module):
+    """Conv-TasNet's block: norms over whole samples between pointwise and dilated depthwise convolutions, and a residual."""
+
+    def __init__(self, C=16):
+        super().__init__()
+        self.first, self.last = nn.Conv1d(4, C, 1), nn.Conv1d(C, C, 1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv1d(C, 2 * C, 1),
+                nn.PReLU(),
+                nn.GroupNorm(1, 2 * C),
+                nn.Conv1d(2 * C, 2 * C, 3, padding=dilation, dilation=dilation, groups=2 * C),
+                nn.PReLU(),
+                nn.GroupNorm(1, 2 * C),
+                nn.Conv1d(2 * C, C, 1),
+            )
+            for dilation in (1, 2)
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(F.relu(x))
+
+
 # convolutions that are folded, and the layers that round
 MODELS = {
     "vocoder": (Vocoder, (2, 6, 12), 11, 11),
@@ -115,6 +141,7 @@ MODELS = {
     "causal": (CausalNetwork, (2, 4, 20), 3, 2),
     "conformer": (ConformerModule, (2, 8, 20), 2, 3),
     "padded codec": (PaddedCodec, (2, 4, 20), 3, 4),
+    "separator": (Separator, (2, 4, 15), 6, 8),
 }
 
 

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from compiling import Captured
 from expecttest import assert_expected_inline
+from test_folded_models import Separator
 
+from torch_conv_triton import explain
 from torch_conv_triton.dispatch import aten
 from torch_conv_triton.graph.call import OperatorCall
 from torch_conv_triton.testing import float32_precision
@@ -130,3 +132,151 @@ def test_channels_last_is_stored_where_the_next_convolution_copies_to_it():
 def test_nothing_is_chosen_when_the_option_says_so():
     options = {"triton_conv.layout": False}
     assert "tf32" not in after(lambda x: F.conv1d(F.relu(F.conv1d(x, W)), SQUARE), X, **options)
+
+
+# what Inductor computes between
+
+# rows off 16 bytes, which pointwise convolutions read better channels-last
+ODD = torch.randn(2, 16, 15)
+ONE, TWO = torch.randn(16, 16, 1), torch.randn(32, 16, 1)
+
+
+def test_pointwise_operators_between_are_channels_last_too():
+    def block(x, scale):
+        y = F.conv1d(x, ONE)
+        return F.conv1d(y.atan() * scale, TWO)
+
+    assert_expected_inline(
+        after(block, ODD, torch.randn(16, 1)),
+        """\
+v0: float32[2, 16, 15] = triton_conv.conv1d_fused.one(in0, in1, None, 1, [0, 0], 1, 1, False, zeros, out %0 fp32 NLC, [], False)
+v1: float32[2, 16, 15] = aten.atan.default(v0)
+v2: float32[2, 16, 15] = aten.mul.Tensor(v1, in2)
+v3: float32[2, 32, 15] = triton_conv.conv1d.default(v2, in3, None, [1], [0], [1], 1)
+return [v3]
+""",
+    )
+
+
+def test_reductions_of_whole_samples_go_over_memory_in_order():
+    def block(x):
+        y = F.conv1d(x, ONE)
+        return F.conv1d(y * y.mean((1, 2), keepdim=True), TWO)
+
+    assert_expected_inline(
+        after(block, ODD),
+        """\
+v0: float32[2, 16, 15] = triton_conv.conv1d_fused.one(in0, in1, None, 1, [0, 0], 1, 1, False, zeros, out %0 fp32 NLC, [], False)
+v1: float32[2, 15, 16] = aten.permute.default(v0, [0, 2, 1])
+v2: float32[2, 1, 1] = aten.mean.dim(v1, [1, 2], True)
+v3: float32[2, 16, 15] = aten.mul.Tensor(v0, v2)
+v4: float32[2, 32, 15] = triton_conv.conv1d.default(v3, in2, None, [1], [0], [1], 1)
+return [v4]
+""",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_separator_is_channels_last_from_end_to_end(dtype):
+    graph = after(Separator(16).to(dtype).eval(), torch.randn(2, 4, 15, dtype=dtype))
+    lines = [line for line in graph.splitlines() if "conv1d" in line]
+    assert sum("NLC" in line for line in lines) == len(lines) - 1 == 7
+
+
+def test_explain_says_through_what_a_layout_goes():
+    with torch.no_grad():
+        records = explain(Separator(16).eval(), torch.randn(2, 4, 15)).records
+    assert records[1].folded == "gt mul where, to NLC through var_mean mul add"
+    assert [record.kernel for record in records if "g32" in record.convolution] == ["depthwise_sliding"] * 2
+
+
+def test_saved_activations_keep_their_strides():
+    captured = Captured(Separator(16))
+    captured(torch.randn(2, 4, 15))
+    assert "conv1d" in captured.after[0] and "NLC" not in captured.after[0]
+
+
+def between(compute, x=ODD, one=ONE, two=TWO):
+    """The graph of two convolutions with something between them."""
+    return after(lambda x: F.conv1d(compute(F.conv1d(x, one)), two), x)
+
+
+FOLLOWS = {
+    "views": lambda y: y.unsqueeze(1).atan().squeeze(1),
+    "one for a channel": lambda y: y.atan() + torch.arange(16.0)[:, None],
+    "one for a position": lambda y: y.atan() + torch.arange(15.0),
+    "a norm over channels": lambda y: y / y.norm(dim=1, keepdim=True),
+    "groups of channels": lambda y: y.reshape(2, 4, 4, 15).atan().reshape(2, 16, 15),
+    "a comparison": lambda y: torch.where(y.atan() > 0.5, y, -1.0),
+}
+STAYS = {
+    "a reduction over the length": lambda y: y.atan() * y.amax(2, keepdim=True),
+    "a norm of each channel": lambda y: F.group_norm(y, 16),
+    "a norm of groups": lambda y: F.group_norm(y, 2),
+    "a scan": lambda y: y.cumsum(2),
+    "aten": lambda y: y.atan() @ torch.eye(15),
+    "a tensor of another layout": lambda y: y.atan() + ODD,
+    "another order": lambda y: y.reshape(2, 8, 30).atan().reshape(2, 16, 15),
+    "samples and channels as one": lambda y: y.reshape(32, 1, 15).atan().reshape(2, 16, 15),
+    "a copy that is contiguous": lambda y: (
+        y.atan().clone(memory_format=torch.contiguous_format).as_strided((2, 16, 15), (240, 15, 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("compute", FOLLOWS.values(), ids=FOLLOWS)
+def test_what_follows(compute):
+    assert "NLC" in between(compute)
+
+
+@pytest.mark.parametrize("compute", STAYS.values(), ids=STAYS)
+def test_what_stays_contiguous(compute):
+    assert "NLC" not in between(compute)
+
+
+def test_what_is_returned_stays_contiguous_with_all_that_it_is_made_of():
+    def block(x):
+        y = F.conv1d(x, ONE).atan()
+        return F.conv1d(y.tan(), TWO), y
+
+    assert "NLC" not in after(block, ODD)
+
+
+def test_two_convolutions_that_are_combined_are_stored_alike():
+    def block(x, returned):
+        one, other = F.conv1d(x, ONE), F.conv1d(x, ONE)
+        y = one.atan() * other.atan2(one)
+        return F.conv1d(y, TWO), other.tan() if returned else other.sum()
+
+    assert after(block, ODD, False).count("NLC") == 0
+    assert after(lambda x: F.conv1d(F.conv1d(x, ONE).atan() * F.conv1d(x, -ONE).atan(), TWO), ODD).count("NLC") == 2
+
+
+def test_slices_of_channels_follow():
+    graph = after(lambda x: F.conv1d((y := F.conv1d(x, TWO))[:, :16].atan() * y[:, 16:], ONE), ODD)
+    assert "NLC" in graph
+
+
+def test_nothing_follows_for_a_convolution_of_aten(monkeypatch):
+    monkeypatch.setattr(OperatorCall, "plan_reading", lambda *_: aten("it is faster"))
+    assert "NLC" not in between(torch.atan)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "L", "chosen"), [(torch.float32, 15, True), (torch.float32, 16, False), (torch.float16, 16, True)]
+)
+def test_float32_gains_only_where_rows_start_off_16_bytes(dtype, L, chosen):
+    graph = between(torch.atan, torch.randn(2, 16, L, dtype=dtype), ONE.to(dtype), TWO.to(dtype))
+    assert ("NLC" in graph) == chosen
+
+
+@pytest.mark.parametrize(("K", "chosen"), [(3, True), (11, False)])
+def test_depthwise_convolutions_gain_where_they_slide(K, chosen):
+    weight = torch.randn(16, 1, K)
+
+    def block(x):
+        y = F.conv1d(x, ONE).atan()
+        return F.conv1d(F.conv1d(y, weight, padding=K // 2, groups=16).atan(), TWO)
+
+    graph = after(block, ODD)
+    assert ("NLC" in graph.splitlines()[0]) == chosen

@@ -119,14 +119,15 @@ def test_runs_of_blocks_share_samples(case, run, steps, dtype):
     check_case(case, lambda x, w, b: execute.forward_with(plan, problem, x, w, b), dtype)
 
 
+@pytest.mark.parametrize("dilation", [1, 2, 5, 16, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sliding_writes_channels_last_outputs_too(dtype):
+def test_sliding_writes_channels_last_outputs_too(dtype, dilation):
     from torch_conv_triton.kernels.depthwise_sliding import conv1d_depthwise_sliding
 
-    case = Case("sliding", 2, 9, 70, 9, 3, padding=1, groups=9)
+    case = Case("sliding", 2, 9, 70, 9, 3, padding=dilation, dilation=dilation, groups=9)
     x, weight, bias = make_inputs(case, dtype, "NLC")
     y = torch.full((case.N, *case.output_shape[:0:-1]), torch.nan, dtype=dtype).transpose(1, 2)
-    conv1d_depthwise_sliding(x, weight, bias, y, 1, Config(32, 16, run=4, steps=2))
+    conv1d_depthwise_sliding(x, weight, bias, y, dilation, dilation, Config(32, 16, run=4, steps=2))
     assert_within_budget(y, reference.conv1d(x, weight, bias, *case.geometry))
 
 

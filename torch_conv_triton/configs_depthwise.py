@@ -19,7 +19,7 @@ def depthwise_choices(problem: Conv1dProblem) -> list[tuple[str, Config, str]]:
         choices.append((rank, "depthwise_toeplitz", toeplitz_config(problem), "taps as banded matrices on tensor cores"))
     if not sliding_refusal(problem):
         # p20, whose rows of 2051 2-byte outputs start on odd addresses, 0.140 against 0.130
-        rank = 3 if problem.L_out * problem.dtype.itemsize % 4 == 0 else 0
+        rank = 3 if problem.y_strides[2] != 1 or problem.L_out * problem.dtype.itemsize % 4 == 0 else 0
         choices.append((rank, "depthwise_sliding", sliding_config(problem), "channels-last x: every sample is loaded once"))
     config = skewed_config(problem)
     if not skewed_refusal(problem, config):
@@ -65,7 +65,7 @@ def vector_config(problem: Conv1dProblem) -> Config:
 
 def sliding_refusal(problem: Conv1dProblem) -> str | None:
     """Why threads cannot slide along the positions of channels-last x, or None."""
-    if problem.transposed or problem.stride > 1 or problem.dilation > 1:
+    if problem.transposed or problem.stride > 1 or (problem.dilation > 1 and problem.y_strides[2] == 1):
         return "neighbouring outputs share no samples"
     if problem.C_in != problem.C_out:
         return "a channel has several filters"

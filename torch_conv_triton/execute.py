@@ -137,7 +137,7 @@ def launch_kernel(
     elif plan.kernel == "depthwise_sliding":
         from torch_conv_triton.kernels.depthwise_sliding import conv1d_depthwise_sliding
 
-        conv1d_depthwise_sliding(x, weight, bias, y, p.padding, config, fusion)
+        conv1d_depthwise_sliding(x, weight, bias, y, p.padding, p.dilation, config, fusion)
     elif plan.kernel == "depthwise_vector":
         from torch_conv_triton.kernels.depthwise_vector import conv1d_depthwise_vector
 

@@ -1,20 +1,27 @@
 """Chooses how convolutions of ours store what others of ours read next: rounded to TF32 or not, channels-last or not.
 
-What a graph returns keeps the strides that eager gives it. What other operators read stays as it is, but for transposed views.
+What Inductor computes on the way to the next convolutions follows. What a graph returns keeps the strides that eager gives it,
+and so does what operators read that may rely on strides, but for transposed views.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
 
+from torch_conv_triton.configs_thin import THIN
 from torch_conv_triton.epilogue import Instruction, Output, Program, Value
 from torch_conv_triton.graph.call import CONVOLUTIONS, FUSED, OperatorCall
-from torch_conv_triton.graph.convolution import aten
+from torch_conv_triton.graph.convolution import value
+from torch_conv_triton.graph.region import Region, find_regions
 from torch_conv_triton.graph.report import ConvRecord
 from torch_conv_triton.problem import current_precision
+
+# depthwise kernels that load a sample of channels-last x once
+SLIDING = ("depthwise_sliding", "depthwise_skewed")
 
 
 def choose_layouts(graph: Graph, records: dict[Node, ConvRecord]) -> None:
@@ -22,20 +29,20 @@ def choose_layouts(graph: Graph, records: dict[Node, ConvRecord]) -> None:
 
     The records of the nodes are replaced by those of the calls that stand in for them.
     """
-    chosen_by_node: dict[Node, Storage] = {}
-    for node in sorted(node for node in records if node.target in (*CONVOLUTIONS, *FUSED)):
+    calls = {node: OperatorCall.of(node) for node in sorted(records) if node.target in (*CONVOLUTIONS, *FUSED)}
+    calls = {node: call for node, call in calls.items() if len(call.program.outputs) == len(OperatorCall.outputs(node))}
+    choice = _Choice(find_regions(graph, calls))
+    for node in calls:
         before, outputs = OperatorCall.of(node), OperatorCall.outputs(node)
-        if len(outputs) < len(before.program.outputs):
-            continue
-        source = chosen_by_node.get(before.input, Storage("NCL"))
-        chosen = _choose([_Reading.of(*pair, records) for pair in zip(outputs, before.program.outputs, strict=True)], source)
+        source = choice.stored.get(before.input, Storage("NCL"))
+        chosen = choice.of(before, outputs, source)
         call = replace(before, program=_store(before.program, chosen), rounded=source.rounded)
-        if call == before or (plan := call.plan()).is_aten:
+        if call == before or ((plan := call.plan()).is_aten and not any(storage.through for storage in chosen)):
             continue
         new, new_outputs = call.put(graph, node, outputs)
         for unused in dict.fromkeys((*outputs, node)):
             graph.erase_node(unused)
-        chosen_by_node.update(zip(new_outputs, chosen, strict=True))
+        choice.stored.update(zip(new_outputs, chosen, strict=True))
         record = records.pop(node)
         words = filter(None, [record.folded, *(storage.words for storage in chosen), "reads rounded" * call.rounded])
         record = ConvRecord.of(record.module, "forward", call.problem(), rewritten=True, plan=plan)
@@ -44,88 +51,114 @@ def choose_layouts(graph: Graph, records: dict[Node, ConvRecord]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """How a value is stored: contiguous ("NCL") or channels-last ("NLC"), rounded to TF32 or not."""
+    """How a value is stored: contiguous ("NCL") or channels-last ("NLC"), rounded to TF32 or not.
 
-    layout: str
-    rounded: bool = False
-
-    @property
-    def words(self) -> str:
-        return " ".join(["rounded"] * self.rounded + ["to NLC"] * (self.layout == "NLC"))
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """What reads an output that is stored as `layout` now.
-
-    `inputs`: convolutions of ours that it is the input of; `operand`: an epilogue reads it; `transposed`: it has views
-    ``(N, L, C)``; `others`: it has readers that rely on its strides, or that our choice might make slower.
+    `through` names what Inductor computes of it in that layout, on the way to the next convolutions.
     """
 
     layout: str
-    inputs: tuple[OperatorCall, ...]
-    operand: bool
-    transposed: bool
-    others: bool
-    float32: bool
-
-    @classmethod
-    def of(cls, node: Node, output: Output, records: dict[Node, ConvRecord]) -> _Reading:
-        inputs, operand, transposed, others = [], False, False, False
-        for user in node.users:
-            call = OperatorCall.of(user) if user in records and user.target in (*CONVOLUTIONS, *FUSED) else None
-            if call is None or node in (call.weight, call.bias):
-                transposed |= _is_transposition(user)
-                others |= not _is_transposition(user)
-                continue
-            operand |= node in call.operands
-            if call.input is node:
-                inputs.append(call)
-        return cls(output.layout, tuple(inputs), operand, transposed, others, output.dtype == torch.float32)
+    rounded: bool = False
+    through: tuple[str, ...] = ()
 
     @property
-    def may_be_rounded(self) -> bool:
-        tf32 = self.float32 and current_precision(torch.float32) == "tf32"
-        alone = bool(self.inputs) and not (self.operand or self.transposed or self.others)
-        return tf32 and alone and not any(call.plan_reading(self.layout, True).is_aten for call in self.inputs)
-
-    def may_be_channels_last(self, rounded: bool) -> bool:
-        return not self.others and not any(call.plan_reading("NLC", rounded).is_aten for call in self.inputs)
-
-    def is_better_channels_last(self, rounded: bool) -> bool:
-        return self.transposed or any(_reads_better_channels_last(call, rounded) for call in self.inputs)
+    def words(self) -> str:
+        layout = ["to NLC"] * (self.layout == "NLC") + ["through"] * bool(self.through)
+        return " ".join(["rounded"] * self.rounded + layout + list(self.through))
 
 
-def _choose(readings: list[_Reading], source: Storage) -> list[Storage]:
-    """How to store the outputs of a call whose input is stored as `source`."""
-    rounded = [reading.may_be_rounded for reading in readings]
-    possible = [reading.may_be_channels_last(r) for reading, r in zip(readings, rounded, strict=True)]
-    better = [p and reading.is_better_channels_last(r) for p, reading, r in zip(possible, readings, rounded, strict=True)]
-    # what is only added later follows the tensors beside it
-    follows = any(better) or source.layout == "NLC"
-    return [
-        Storage("NLC" if b or (p and follows and not reading.inputs) else reading.layout, r)
-        for reading, r, p, b in zip(readings, rounded, possible, better, strict=True)
-    ]
+class _Choice:
+    """How tensors are stored: those of a region alike, decided at the first of them.
+
+    A region is channels-last if nothing forbids it, and more of its readers are faster so than slower. `stored` says how tensors
+    are that convolutions may read.
+    """
+
+    def __init__(self, regions: dict[Node, Region]) -> None:
+        self.stored: dict[Node, Storage] = {}
+        self._regions = regions
+        self._decided: dict[Region, Storage] = {}
+
+    def of(self, call: OperatorCall, outputs: Sequence[Node], source: Storage) -> list[Storage]:
+        """How to store the outputs of a call whose input is stored as `source`."""
+        regions = [self._regions[output] for output in outputs]
+        new = [region for region in dict.fromkeys(regions) if region not in self._decided]
+        rounded = {region: _may_be_rounded(region) for region in new}
+        for region in new:
+            self._decide(region, rounded[region], self._gain(region, rounded[region]) > 0)
+        # what is only added later follows the tensors beside it
+        if "NLC" in (source.layout, *(self._decided[region].layout for region in regions)):
+            for region in new:
+                if not region.inputs and self._decided[region].layout == "NCL":
+                    self._decide(region, rounded[region], True)
+        chosen = [self._decided[region] for region in regions]
+        # what eager stores channels-last is not made contiguous
+        pairs = zip(chosen, call.program.outputs, strict=True)
+        return [storage if storage.layout == "NLC" else replace(storage, layout=output.layout) for storage, output in pairs]
+
+    def _decide(self, region: Region, rounded: bool, channels_last: bool) -> None:
+        values = region.channels_last() if channels_last and _may_be_channels_last(region, rounded) else None
+        if values is None:
+            self._decided[region] = Storage("NCL", rounded)
+            return
+        region.store(values)
+        self._decided[region] = Storage("NLC", rounded, region.through)
+        self.stored.update(dict.fromkeys(region.between, Storage("NLC")))
+
+    def _gain(self, region: Region, rounded: bool) -> int:
+        """How many more readers are faster channels-last than slower."""
+        if region.refusal is not None:
+            return 0
+        gain = region.gains
+        for node in region.inputs:
+            call = OperatorCall.of(node)
+            free = not any(self._regions[output].refusal for output in OperatorCall.outputs(node) if output in self._regions)
+            gain += _gain(call, rounded, free)
+        return gain
 
 
-def _reads_better_channels_last(call: OperatorCall, rounded: bool) -> bool:
-    """Whether a convolution is faster on channels-last input; the one place where that is decided.
+def _may_be_rounded(region: Region) -> bool:
+    """Whether TF32 values are as good as any to its readers, and our kernels read them."""
+    tf32 = value(region.outputs[0]).dtype == torch.float32 and current_precision(torch.float32) == "tf32"
+    readers = map(OperatorCall.of, region.inputs)
+    return tf32 and region.is_read_by_convolutions_alone and not any(call.plan_reading("NCL", True).is_aten for call in readers)
+
+
+def _may_be_channels_last(region: Region, rounded: bool) -> bool:
+    if region.refusal is not None or any(OperatorCall.of(node).plan_reading("NLC", rounded).is_aten for node in region.inputs):
+        return False
+    # what aten computes would be copied
+    return not region.between or not any(_channels_last(OperatorCall.of(node)).plan().is_aten for node in region.writers)
+
+
+def _gain(call: OperatorCall, rounded: bool, free: bool) -> int:
+    """1 if a convolution is faster on channels-last input than on contiguous input, -1 if it is slower, 0 if there is no telling.
+
+    The one place where that is decided. `free`: its output may be channels-last then.
 
     Measured on an H200, convolutions of HiFi-GAN with a leaky ReLU, ms gathered from NCL and from rounded NLC: 32 channels K3
     .142 and .118, K11 .334 and .258; 64 channels K7 .146 and .103; 128 channels K11 .126 and .104. A tile of NCL in shared memory
     is better still for few channels: 32 channels K3 .087, K11 .167; 64 channels K11 .126 against .150; but 128 channels K7 .086
-    against .077. Float32 that has yet to be rounded gains nothing but the copy that some kernels make first. The layout of the
-    output makes no difference.
+    against .077. Float32 that has yet to be rounded gains nothing but the copy that some kernels make first, and whole vectors
+    where rows start off 16 bytes. The layout of the output makes no difference, but to depthwise convolutions.
     """
-    plan = call.plan_reading("NCL", rounded)
-    if plan.kernel == "dense_halo" and call.problem().C_in < 128:
-        return False
+    plan, problem = call.plan_reading("NCL", rounded), call.problem()
+    if problem.is_depthwise:
+        after = (_channels_last(call) if free else call).plan_reading("NLC", rounded)
+        # what shifts or slides over vectors loads a sample once
+        return (after.kernel in SLIDING) - (plan.kernel != "depthwise")
+    if plan.kernel in THIN or (plan.kernel == "dense_halo" and problem.C_in < 128):
+        return -1
     if plan.config is not None and plan.config.copy_to_nlc:
-        return True
-    problem = call.problem()
+        return 1
     dense = problem.C_in_per_group % 16 == 0 and problem.C_out_per_group >= 16
-    return dense and (rounded or problem.dtype.itemsize == 2)
+    skewed = problem.K == 1 and problem.L_in * problem.dtype.itemsize % 16
+    return int(dense and (rounded or problem.dtype.itemsize == 2 or skewed > 0))
+
+
+def _channels_last(call: OperatorCall) -> OperatorCall:
+    """The call with all that it stores channels-last."""
+    outputs = tuple(replace(output, layout="NLC") for output in call.program.outputs)
+    return replace(call, program=replace(call.program, outputs=outputs))
 
 
 def _store(program: Program, storage: list[Storage]) -> Program:
@@ -137,9 +170,3 @@ def _store(program: Program, storage: list[Storage]) -> Program:
             value = Value(len(instructions))
         outputs.append(Output(value, output.dtype, chosen.layout))
     return Program(tuple(instructions), tuple(outputs))
-
-
-def _is_transposition(node: Node) -> bool:
-    """Whether a node is a view ``(N, L, C)`` whose strides nothing relies on."""
-    fixed = any(user.op == "output" or user.target is aten.as_strided.default for user in node.users)
-    return node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1] and not fixed

@@ -1,8 +1,8 @@
-"""Depthwise convolution of channels-last x at stride and dilation 1: a thread slides along positions, each sample loaded once.
+"""Depthwise convolution of channels-last x at stride 1: a thread slides along positions, each sample loaded once.
 
-A thread holds a 16-byte vector of channels, and of their taps, and computes several outputs in a row from the samples between
-the first and the last that they need. The outputs of a row are put together in registers, so NCL outputs too are stored as
-vectors.
+A thread holds a 16-byte vector of channels, and of their taps, and computes several outputs in a row, a dilation apart, from the
+samples between the first and the last that they need. The outputs of a row are put together in registers, so at dilation 1 NCL
+outputs too are stored as vectors.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def conv1d_depthwise_sliding_fwd_kernel(
     y_vectors,  # L_out / Y_VECTOR
     C,
     padding,
+    dilation,
     stride_xn,
     stride_xl,
     stride_wo,
@@ -36,7 +37,7 @@ def conv1d_depthwise_sliding_fwd_kernel(
     stride_yn,
     stride_yc,  # in vectors of Y_VECTOR elements
     stride_yl,
-    tiles_l,  # of STEPS x BLOCK_M outputs
+    tiles_l,  # of STEPS tiles, each of BLOCK_M outputs
     tiles_c,
     more,  # as `store_outputs` takes it
     more_strides,
@@ -44,13 +45,13 @@ def conv1d_depthwise_sliding_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     PADDING_MODE: tl.constexpr,
-    Y_NCL: tl.constexpr,  # L is the contiguous dimension of y
+    Y_NCL: tl.constexpr,  # L is the contiguous dimension of y; then the dilation is 1
     Y_VECTOR: tl.constexpr,  # elements; every row of y starts and ends at a multiple of it
     INT64: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    RUN: tl.constexpr,  # outputs in a row
+    RUN: tl.constexpr,  # outputs in a row, `dilation` apart
 ):
     RUNS: tl.constexpr = BLOCK_M // RUN
     pid = tl.program_id(0)
@@ -73,10 +74,12 @@ def conv1d_depthwise_sliding_fwd_kernel(
 
     for step in range(STEPS):
         start = (widen(tile_l, INT64) * STEPS + step) * BLOCK_M
-        first = start + tl.arange(0, RUNS) * RUN
+        # as many runs as the dilation take turns over RUN * dilation positions
+        run = start // RUN + tl.arange(0, RUNS)
+        first = run // dilation * (RUN * dilation) + run % dilation
         window = ()
         for j in tl.static_range(RUN + K - 1):
-            at = position_in_x(first + (j - padding), L_in, PADDING_MODE)
+            at = position_in_x(first + (j * dilation - padding), L_in, PADDING_MODE)
             mask = ((at >= 0) & (at < L_in))[:, None] & o_mask[None, :]
             window = window + (tl.load(x_rows + (at * stride_xl)[:, None], mask=mask, other=0.0),)
         outputs = ()
@@ -112,7 +115,7 @@ def conv1d_depthwise_sliding_fwd_kernel(
             )
         else:
             for t in tl.static_range(RUN):
-                l_out = first + t
+                l_out = first + t * dilation
                 tile = tl.reshape(outputs[t], (RUNS, BLOCK_N))
                 store_tile(
                     tile,
@@ -137,16 +140,24 @@ def conv1d_depthwise_sliding_fwd_kernel(
 
 
 def conv1d_depthwise_sliding(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, padding: int, config, fusion: Fusion = NO_FUSION
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    padding: int,
+    dilation: int,
+    config,
+    fusion: Fusion = NO_FUSION,
 ) -> None:
-    """Write the depthwise convolution, of stride and dilation 1, of x ``(N, C, L_in)`` into y ``(N, C, L_out)``, any strides.
+    """Write the depthwise convolution, of stride 1, of x ``(N, C, L_in)`` into y ``(N, C, L_out)``, any strides.
 
-    Weight ``(C, 1, K)``. Fast for channels-last x. A program computes `steps` tiles of BLOCK_M outputs x BLOCK_N channels, a
-    thread `run` outputs in a row.
+    Weight ``(C, 1, K)``. y has its length contiguous at dilation 1 alone. Fast for channels-last x. A program computes `steps`
+    tiles of BLOCK_M outputs x BLOCK_N channels, a thread `run` outputs in a row, `dilation` apart.
     """
     N, C, L_in = x.shape
     L_out = y.shape[2]
-    tiles_l = triton.cdiv(L_out, config.BLOCK_M * config.steps)
+    turns = triton.cdiv(L_out, config.run * dilation) * config.run * dilation
+    tiles_l = triton.cdiv(turns, config.BLOCK_M * config.steps)
     tiles_c = triton.cdiv(C, config.BLOCK_N)
     y_ncl = y.stride(2) == 1
     y_vector = gcd(16 // y.element_size(), y.stride(0), y.stride(1), L_out) if y_ncl else 1
@@ -161,6 +172,7 @@ def conv1d_depthwise_sliding(
         L_out // y_vector,
         C,
         padding,
+        dilation,
         x.stride(0),
         x.stride(2),
         weight.stride(0),
