@@ -197,9 +197,10 @@ def copies_to_nlc(problem: Conv1dProblem) -> bool:
     # Rounded on the way, x goes from memory to the tensor cores without passing registers: p13 0.260 against 0.402, p05 (128
     # channels) 0.434 and 0.512, x_k7c384 0.663 and 0.878. K 3 gains nothing (p15 0.097 and 0.096), and fewer channels lose
     # (x_dacdown 0.274 against 0.227).
+    # A small one (192 -> 384 K5 of 8 x 400, 16 us) takes less time than the host does to launch the copy.
     channels = min(problem.C_in, problem.C_out)
     many = channels >= 256 or (channels >= 128 and problem.C_in % 32 == 0 and problem.stride == 1)
-    return many and problem.K > 3 and problem.flops > 1e9
+    return many and problem.K > 3 and problem.flops > 4e9
 
 
 def fit(config: Config, problem: Conv1dProblem, device: Device) -> Config:

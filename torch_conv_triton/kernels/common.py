@@ -12,6 +12,9 @@ from torch_conv_triton.kernels.launch import launch, workspace
 # beyond it offsets are computed in 64 bits; the margin is for what a tile computes past the end before it masks it
 OFFSET_LIMIT = 2**31 - 2**20
 
+# tiles of a row from which on a weight is rounded in a launch of its own rather than by each of them
+OFTEN_READ = 64
+
 # Kernels let Triton specialise on lengths and padding (whether 16 divides them): a mask that is not known to be constant over
 # 16 bytes makes it store the elements of a 16-byte vector one by one, several times slower.
 
@@ -329,11 +332,14 @@ def pack_weight(weight: Tensor, tap_major: bool, rounded: bool, channels: int) -
     return packed
 
 
-def weight_matrix(weight: Tensor, tap_major: bool, rounded: bool, channels: int | None = None) -> tuple[Tensor, int, bool]:
+def weight_matrix(
+    weight: Tensor, tap_major: bool, rounded: bool, channels: int | None = None, readers: int = OFTEN_READ
+) -> tuple[Tensor, int, bool]:
     """The weight in reduction order: (tensor, row stride, whether its values are already rounded to TF32).
 
-    A weight that is stored in that order is used as it is; any other is packed, which costs one pass over it. `channels`: as
-    many of each tap, of which those that the weight does not have are zero (default: its own).
+    A weight that is stored in that order is used as it is, unless it is worth rounding for all of its `readers`, the tiles of a
+    row; any other is packed, which costs one pass over it. `channels`: as many of each tap, of which those that the weight does
+    not have are zero (default: its own).
     """
     C_out, C_in, K = weight.shape
     channels = channels or C_in
@@ -344,7 +350,7 @@ def weight_matrix(weight: Tensor, tap_major: bool, rounded: bool, channels: int 
         in_order = (stride_c == 1 or C_in == 1) and (stride_k == C_in or K == 1)
     else:
         in_order = (stride_k == 1 or K == 1) and (stride_c == K or C_in == 1)
-    if in_order and not (tap_major and rounded):
+    if in_order and not (tap_major and rounded and readers >= OFTEN_READ):
         return weight, stride_o, False
     packed = pack_weight(weight, tap_major, rounded, channels)
     return packed, packed.stride(0), rounded

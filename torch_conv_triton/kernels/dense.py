@@ -149,18 +149,18 @@ def conv1d_dense(
     N, _, L_in = x.shape
     _, C_out, L_out = y.shape
     _, C_in, K = weight.shape
-    w, stride_wo, rounded = weight_matrix(weight, config.tap_major, tf32)
     flatten = N > 1 and L_out < config.BLOCK_M and N * L_out <= OFFSET_LIMIT
     rows = N * L_out if flatten else L_out
+    tiles_m, samples = triton.cdiv(rows, config.BLOCK_M), 1 if flatten else N
+    w, stride_wo, rounded = weight_matrix(weight, config.tap_major, tf32, readers=tiles_m * samples)
     prefetch_lines = 0
     if config.prefetch and x.stride(2) == 1 and not flatten and not needs_int64(x):
         span = (config.BLOCK_M - 1) * stride + (K - 1) * dilation + 1
         prefetch_lines = triton.next_power_of_2(triton.cdiv(span * x.element_size(), 128) + 1)
-    tiles_m = triton.cdiv(rows, config.BLOCK_M)
     tiles_n = triton.cdiv(C_out // groups, config.BLOCK_N)
     launch(
         conv1d_dense_fwd_kernel,
-        (tiles_n * groups * tiles_m * (1 if flatten else N),),
+        (tiles_n * groups * tiles_m * samples,),
         x,
         w,
         bias if bias is not None else w,
