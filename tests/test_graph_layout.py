@@ -9,6 +9,7 @@ from test_folded_models import Separator
 
 from torch_conv_triton import explain
 from torch_conv_triton.dispatch import aten
+from torch_conv_triton.graph import layout
 from torch_conv_triton.graph.call import OperatorCall
 from torch_conv_triton.testing import float32_precision
 
@@ -113,6 +114,20 @@ v6: float32[2, 16, 16] = triton_conv.conv1d_fused.one(v5, in2, None, 1, [2, 2], 
 return [v6]
 """,  # noqa: E501
     )
+
+
+@pytest.mark.parametrize("last_reads", ["NCL", "NLC"])
+def test_what_is_added_is_stored_as_what_it_is_added_to_is_read(last_reads, monkeypatch):
+    one, two = torch.randn(16, 4, 3), torch.randn(16, 16, 3)
+
+    def block(x):
+        x = F.conv1d(x, one, padding=1)
+        return x + F.conv1d(F.relu(F.conv1d(F.relu(x), two, padding=1)), two, padding=1)
+
+    monkeypatch.setattr(layout, "_gain", lambda call, *_: -1 if call.operands and last_reads == "NCL" else 1)
+    graph = after(block, X)
+    assert f"max %0 0.0; tf32 %1; out %0 fp32 {last_reads}; out %2 fp32 NLC" in graph
+    assert f"max %0 0.0; tf32 %1; out %2 fp32 {last_reads}, " in graph
 
 
 @pytest.mark.parametrize("channels", [12, 16])

@@ -281,9 +281,11 @@ def fused_plan(problem: Conv1dProblem, device: Device | None, beside: bool = Fal
     if found.kernel not in fusing:
         found = next(candidate for candidate in reversed(candidates(problem, device)) if candidate.kernel in fusing)
     if problem.rounded:
-        choice = fused_choice(found.kernel, found.config, problem, beside)
-        if choice != (found.kernel, found.config):
-            return Plan(*choice, f"{found.reason}; in tiles that suit what follows")
+        kernel, config = fused_choice(found.kernel, found.config, problem, beside)
+        if kernel != found.kernel:
+            found = next(candidate for candidate in candidates(problem, device) if candidate.kernel == kernel)
+        if config != found.config:
+            return Plan(kernel, config, f"{found.reason}; in tiles that suit what follows")
     return found
 
 

@@ -42,8 +42,9 @@ class Region:
     """Tensors, with the length last, that are either all contiguous or all channels-last.
 
     `outputs` ``(N, C, L)`` are stored by `writers`, convolutions of ours, and Inductor computes the nodes `between`. `inputs` are
-    convolutions of ours that read one of them as their input; `operand`: an epilogue reads one; `gains`: how many other readers
-    are better channels-last; `samples`: reductions over channels and length. `refusal`: why it has to be contiguous, if it has.
+    convolutions of ours that read one of them as their input, and `operands` of them in their epilogues; `gains`: how many other
+    readers are better channels-last; `samples`: reductions over channels and length. `refusal`: why it has to be contiguous, if
+    it has.
     """
 
     outputs: list[Node]
@@ -51,14 +52,14 @@ class Region:
     between: list[Node] = field(default_factory=list)
     inputs: list[Node] = field(default_factory=list)
     samples: list[Node] = field(default_factory=list)
-    operand: bool = False
+    operands: list[Node] = field(default_factory=list)
     gains: int = 0
     refusal: str | None = None
 
     @property
     def is_read_by_convolutions_alone(self) -> bool:
         """Whether each of its tensors is only the input of convolutions of ours."""
-        return bool(self.inputs) and not (self.operand or self.between or self.samples or self.gains or self.refusal)
+        return bool(self.inputs) and not (self.operands or self.between or self.samples or self.gains or self.refusal)
 
     @property
     def through(self) -> tuple[str, ...]:
@@ -116,7 +117,7 @@ def _read(node: Node, call: OperatorCall, regions: dict[Node, Region]) -> None:
         regions[call.input].inputs.append(node)
     for operand in call.operands:
         if operand in regions:
-            regions[operand].operand = True
+            regions[operand].operands.append(node)
     for parameter in (call.weight, call.bias):
         if parameter in regions:
             regions[parameter].refusal = "it is a weight"
@@ -146,9 +147,8 @@ def _flow(node: Node, regions: dict[Node, Region]) -> None:
 def _merge(parts: list[Region], regions: dict[Node, Region]) -> Region:
     first, *others = parts
     for other in others:
-        for name in ("outputs", "writers", "between", "inputs", "samples"):
+        for name in ("outputs", "writers", "between", "inputs", "operands", "samples"):
             getattr(first, name).extend(getattr(other, name))
-        first.operand |= other.operand
         first.gains += other.gains
         first.refusal = first.refusal or other.refusal
         regions.update(dict.fromkeys((*other.outputs, *other.between), first))
