@@ -152,8 +152,9 @@ def _gain(call: OperatorCall, rounded: bool, free: bool) -> int:
     Measured on an H200, convolutions of HiFi-GAN with a leaky ReLU, ms gathered from NCL and from rounded NLC: 32 channels K3
     .142 and .118, K11 .334 and .258; 64 channels K7 .146 and .103; 128 channels K11 .126 and .104. A tile of NCL in shared memory
     is better still for few channels: 32 channels K3 .087, K11 .167; 64 channels K11 .126 against .150; but 128 channels K7 .086
-    against .077, 96 channels K7 with Snake .720 against .601. Float32 that has yet to be rounded gains nothing but the copy that some kernels make first, and whole vectors
-    where rows start off 16 bytes. The layout of the output makes no difference, but to depthwise convolutions.
+    against .077, 96 channels K7 with Snake .720 against .601. Float32 that has yet to be rounded gains nothing but the copy that
+    some kernels make first, and whole vectors where rows start off 16 bytes. The layout of the output makes no difference, but to
+    depthwise convolutions.
     """
     plan, problem = call.plan_reading("NCL", rounded), call.problem()
     if problem.is_depthwise:
