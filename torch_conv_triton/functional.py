@@ -108,7 +108,6 @@ def conv_transpose1d(
 
 _CONV1D = ops.Conv1d, ops.conv1d, torch.conv1d
 _CONV_TRANSPOSE1D = ops.ConvTranspose1d, ops.conv_transpose1d, torch.conv_transpose1d
-_COMPUTE = {_CONV1D: ops.compute_conv1d, _CONV_TRANSPOSE1D: ops.compute_conv_transpose1d}
 
 
 def _call(operator, input: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> Tensor:
@@ -119,27 +118,9 @@ def _call(operator, input: Tensor, weight: Tensor, bias: Tensor | None, *geometr
     if torch.is_autocast_enabled(input.device.type):
         return operator[1](input, weight, bias, *geometry)
     # in eager mode every pass through the dispatcher that nothing asks for is saved
-    unwatched = _plain(input) and _plain(weight) and (bias is None or _plain(bias))
-    if unwatched and not _calls_are_watched():
-        return _COMPUTE[operator](input, weight, bias, *geometry)
+    if ops.is_unwatched(input, weight, bias):
+        return ops.COMPUTE[operator[1]](input, weight, bias, *geometry)
     return ops.differentiable(*operator, input, weight, bias, *geometry)
-
-
-def _plain(tensor: Tensor) -> bool:
-    """Whether neither autograd nor a view that the dispatcher would resolve needs to see what becomes of a tensor."""
-    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-    return plain and not (tensor.requires_grad and torch.is_grad_enabled()) and not tensor.is_neg()
-
-
-def _calls_are_watched() -> bool:
-    """Whether a mode, a tracer or a profiler is to see the call of the operator."""
-    C = torch._C
-    return (
-        C._len_torch_dispatch_stack() > 0
-        or C._len_torch_function_stack() > 0
-        or C._get_tracing_state() is not None
-        or C._autograd._profiler_enabled()
-    )
 
 
 def _runs_here(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -69,8 +69,8 @@ class Storage:
 class _Choice:
     """How tensors are stored: those of a region alike, decided at the first of them.
 
-    A region is channels-last if nothing forbids it, and more of its readers are faster so than slower. `stored` says how tensors
-    are that convolutions may read.
+    A region is channels-last if nothing forbids it and its readers are faster so. `stored` says how tensors are that convolutions
+    may read.
     """
 
     def __init__(self, regions: dict[Node, Region]) -> None:
@@ -84,7 +84,7 @@ class _Choice:
         new = [region for region in dict.fromkeys(regions) if region not in self._decided]
         rounded = {region: _may_be_rounded(region) for region in new}
         for region in new:
-            self._decide(region, rounded[region], self._gain(region, rounded[region]) > 0)
+            self._decide(region, rounded[region], self._is_better_channels_last(region, rounded[region]))
         for region in new:
             if not region.inputs and self._decided[region].layout == "NCL":
                 self._decide(region, rounded[region], self._is_added_channels_last(region))
@@ -118,16 +118,15 @@ class _Choice:
         self._decided[region] = Storage("NLC", rounded, region.through)
         self.stored.update(dict.fromkeys(region.between, Storage("NLC")))
 
-    def _gain(self, region: Region, rounded: bool) -> int:
-        """How many more readers are faster channels-last than slower."""
+    def _is_better_channels_last(self, region: Region, rounded: bool) -> bool:
         if region.refusal is not None:
-            return 0
-        gain = region.gains
+            return False
+        gains = [region.gains]
         for node in region.inputs:
-            call = OperatorCall.of(node)
             free = not any(self._regions[output].refusal for output in OperatorCall.outputs(node) if output in self._regions)
-            gain += _gain(call, rounded, free)
-        return gain
+            gains.append(_gain(OperatorCall.of(node), rounded, free))
+        # one reader is enough of what a convolution stores for it; all of them together of what Inductor computes once for all
+        return sum(gains) > 0 if region.between else max(gains) > 0
 
 
 def _may_be_rounded(region: Region) -> bool:
