@@ -107,7 +107,7 @@ class _Choice:
         region = self._regions[node]
         if region in self._decided:
             return self._decided[region].layout
-        return "NLC" if self._gain(region, _may_be_rounded(region)) > 0 else "NCL"
+        return "NLC" if self._is_better_channels_last(region, _may_be_rounded(region)) else "NCL"
 
     def _decide(self, region: Region, rounded: bool, channels_last: bool) -> None:
         values = region.channels_last() if channels_last and _may_be_channels_last(region, rounded) else None
