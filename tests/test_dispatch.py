@@ -92,7 +92,8 @@ CHOICES = {
     "many channels upsampled": (problem((8, 512, 860), 256, 16, stride=8, padding=4, transposed=True), "transposed_tma"),
     "many channels upsampled, taps left over": (problem((2, 1024, 1024), 512, 16, stride=5, transposed=True), "aten"),
     "many products": (problem((4, 768, 3440), 768, 7, padding=3, bias=False), "dense_tma"),
-    "many products of channels that are no whole blocks": (problem((16, 250, 500), 250, 7, padding=3, bias=False), "aten"),
+    "many products of channels that are no whole blocks": (problem((16, 250, 500), 250, 7, padding=3, bias=False), "dense_tma"),
+    "many taps of channels that are no whole blocks": (problem((16, 250, 1000), 250, 48, stride=2, padding=23), "dense_tma"),
     "many products, dilated": (problem((4, 768, 3440), 768, 7, padding=27, dilation=9, bias=False), "dense_tma"),
 }
 
@@ -258,6 +259,7 @@ def rounded(x, C_out, K, **geometry):
         (rounded((8, 64, 38400), 64, 7, padding=3), "dense_tma"),
         (rounded((8, 128, 9600), 128, 3, padding=1), "dense_tma"),
         (rounded((8, 32, 153600), 32, 3, padding=1), "dense"),
+        (rounded((16, 2000, 501), 2000, 1), "dense_tma"),
         (rounded((8, 256, 2400), 128, 8, stride=4, padding=2, transposed=True), "transposed_tma"),
         (problem((8, 64, 38400), 64, 7, padding=3, layout="NLC"), "dense"),
     ],

@@ -277,6 +277,17 @@ def pads_channels(problem: Conv1dProblem) -> bool:
     return problem.L_out >= 128 and problem.flops > 1e9
 
 
+def padding_wins(problem: Conv1dProblem, device: Device) -> bool:
+    """Whether block copies of padded channels beat the gathered product and cuDNN, by measurement.
+
+    ms on an H200, gathered and [cuDNN without bias] behind: 250 -> 250 K7 of 16 x 500 0.036, 0.090 [0.079], K48 s2 0.153, 0.476
+    [0.425]; 250 -> 2000 K32 0.72, 2.04 [1.26], fp16 0.43, 1.55 [0.89]; 80 -> 512 K5 of 16 x 3000 0.110, 0.128 [0.149], s2 0.066,
+    0.079 [0.094], fp16 0.072, 0.107 [0.112]; 100 -> 512 K7 0.060, 0.111 [0.101]; 201 -> 256 K5 0.043, 0.080 [0.079]; 513 -> 512 K3
+    0.103, 0.187 [0.195], bf16 0.063, 0.449 [0.104].
+    """
+    return device.capability >= 90 and pads_channels(problem) and problem.C_out >= 128 and problem.flops > 4e9
+
+
 def channel_block(problem: Conv1dProblem, BLOCK_K: int) -> int:
     """Channels of a block copy, at most BLOCK_K: a power of two that divides those of a group, or pads those of a single one."""
     channels = problem.C_in_per_group
@@ -323,7 +334,8 @@ def _tma_tile(problem: Conv1dProblem, device: Device) -> Config:
         if tiles < 1.5 * device.sm_count:
             # x_hifi512 64x128 s3 0.087, 256x128 0.095
             return replace(config, BLOCK_M=64, num_stages=3)
-        if tiles >= 8 * device.sm_count and problem.C_out_per_group % 256 == 0:
-            # p14 128x256 w8 0.320, 128x128 0.325; x_k7c768, with fewer tiles, 0.367 and 0.358
+        wide = problem.C_out_per_group % 256 == 0 and tiles >= 8 * device.sm_count
+        if wide or (problem.C_out_per_group > 1024 and tiles >= 4 * device.sm_count):
+            # p14 128x256 w8 0.320, 128x128 0.325; x_k7c768, with fewer tiles, 0.367 and 0.358; 250 -> 2000 K32 0.73 and 0.92
             return replace(config, BLOCK_N=256, num_warps=8)
     return config

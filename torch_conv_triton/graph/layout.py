@@ -162,6 +162,9 @@ def _gain(call: OperatorCall, rounded: bool, free: bool) -> int:
         return (after.kernel in SLIDING) - (plan.kernel != "depthwise")
     if plan.kernel in THIN or (plan.kernel == "dense_halo" and problem.C_in <= 64):
         return -1
+    if problem.C_in * problem.dtype.itemsize % 16:
+        # rows of channels that start off 16 bytes are gathered; a copy pads them
+        return -1
     if plan.config is not None and plan.config.copy_to_nlc:
         return 1
     dense = problem.C_in_per_group % 16 == 0 and problem.C_out_per_group >= 16
