@@ -145,7 +145,8 @@ def _launch_fused(plan: dispatch.Plan, problem: Conv1dProblem, x: torch.Tensor, 
     y, second, residual = (x.new_empty((problem.N, problem.C_out, problem.L_out)) for _ in range(3))
     if problem.rounded and problem.layout == "NLC":
         y, second, residual = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (y, second, residual))
-    text = "ncl; add %0 a0; mul %1 1.5; sin %2; pow2 %3; add %1 %4; out %5; out %1"
+    activation = "sin %1; pow2 %2; add %1 %3" if problem.rounded else "mul %1 0.1; gt %1 0.0; where %3 %1 %2"
+    text = f"ncl; add %0 a0; {activation}; out %4; out %1"
     execute.launch_kernel(plan, problem, x, weight, None, y, Fusion(text, (second, residual), rounded=problem.rounded))
 
 

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 import torch_conv_triton
+from torch_conv_triton import memory
 from torch_conv_triton.kernels import launch as launching
 from torch_conv_triton.kernels.launch import Recording, descriptor, launch, workspace
 
@@ -18,7 +20,7 @@ class Kernel:
     arg_names = ("x_ptr", "w_ptr", "n", "y_ptr", "BLOCK")
 
     def __init__(self):
-        self.bound, self.compiled = [], []
+        self.bound, self.compiled, self.hooked = [], [], []
 
     def __getitem__(self, grid):
         def run(*args, **keywords):
@@ -29,11 +31,17 @@ class Kernel:
 
 
 class Compiled:
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, kernel):
         self.kernel = kernel
 
+    def run(self, x, y, z, stream, function, packed_metadata, metadata, enter_hook, exit_hook, *args):
+        assert (function, packed_metadata, metadata, enter_hook, exit_hook) == ("function", "metadata", None, None, None)
+        self.kernel.compiled.append(((x, y, z), args, stream))
+
     def __getitem__(self, grid):
-        return lambda *args, stream: self.kernel.compiled.append((grid, args, stream))
+        return lambda *args, stream: self.kernel.hooked.append((grid, args, stream))
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +75,18 @@ def test_a_repeated_call_runs_on_the_new_addresses():
     assert len(kernel.bound) == 1
 
 
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_profiler_hears_of_repeated_launches(hook, chained, monkeypatch):
+    kernel = Kernel()
+    recording = record(kernel, torch.empty(8), torch.empty(8), torch.empty(8))
+    chain = triton.knobs.HookChain()
+    monkeypatch.setattr(triton.knobs.runtime, hook, chain if chained else print)
+    chain.add(print)
+    recording.repeat(torch.empty(8), torch.empty(8), torch.empty(8))
+    assert len(kernel.hooked) == 1 and not kernel.compiled
+
+
 def test_a_workspace_is_allocated_anew(monkeypatch):
     kernel = Kernel()
     x, y = torch.empty(8), torch.empty(8)
@@ -74,7 +94,7 @@ def test_a_workspace_is_allocated_anew(monkeypatch):
         space = workspace((16,), torch.float32, x.device)
         launch(kernel, (1, 2), x, space.view(4, 4), 5, y, BLOCK=64)
     fresh = torch.empty(16)
-    monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: fresh)
+    monkeypatch.setattr(memory, "uninitialised", lambda shape, strides, dtype, device: fresh)
     recording.repeat(x, y)
     assert kernel.compiled == [((1, 2, 1), (x.data_ptr(), fresh.data_ptr(), 5, y.data_ptr(), 64), 7)]
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torch_conv_triton import dispatch
+from torch_conv_triton import dispatch, memory
 from torch_conv_triton.calls import Call, remember, run, signature
 from torch_conv_triton.configs_halo import HaloShape
 from torch_conv_triton.dispatch import Plan
-from torch_conv_triton.problem import Conv1dProblem, check_arguments, current_precision, layout_of
+from torch_conv_triton.problem import Conv1dProblem, check_arguments, contiguous_strides, current_precision, layout_of
 
 if TYPE_CHECKING:
     from torch_conv_triton.kernels.epilogue import Fusion
@@ -93,7 +93,8 @@ def run_kernels(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     """Run a call whose plan is not aten."""
     if bias is not None:
         bias = bias.contiguous()
-    y = x.new_empty((call.problem.N, call.problem.C_out, call.problem.L_out))
+    p = call.problem
+    y = memory.uninitialised((p.N, p.C_out, p.L_out), contiguous_strides(p.C_out, p.L_out), x.dtype, x.device)
     run(call, _launch, x, weight, bias, y)
     return y
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_conv_triton import dispatch, execute
+from torch_conv_triton import dispatch, execute, memory
 from torch_conv_triton.calls import Call, Launch, remember, run, signature
 from torch_conv_triton.dispatch import Plan, aten
 from torch_conv_triton.epilogue import Program, allocate, evaluate, parse
@@ -154,7 +154,7 @@ def compute_conv1d_fused(*arguments):
     if call.plan.is_aten:
         y = _convolution(input, weight, bias, *geometry)
         return evaluate(call.program, y, operands, call.problem.precision == "tf32")
-    outputs = [torch.empty_strided(call.shape, strides, dtype=dtype, device=input.device) for strides, dtype in call.allocations]
+    outputs = [memory.uninitialised(call.shape, strides, dtype, input.device) for strides, dtype in call.allocations]
     run(call, call.launch, input, weight, bias, *outputs, *[given[i] for i in call.distinct])
     return outputs
 

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from torch_conv_triton import reference
+from torch_conv_triton import memory, reference
 from torch_conv_triton.problem import Conv1dProblem, output_length
 
 LAYOUTS = ("NCL", "NLC", "strided")
@@ -298,5 +298,6 @@ def poisoned_allocations() -> Iterator[None]:
             new_empty=poisoned(Tensor.new_empty),
             new_empty_strided=poisoned(Tensor.new_empty_strided),
         ),
+        mock.patch.object(memory, "uninitialised", poisoned(memory.uninitialised)),
     ):
         yield

@@ -8,15 +8,20 @@ without Triton's binding of arguments.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from torch_conv_triton import memory
 from torch_conv_triton.kernels.builds import await_expected
 
 _thread = threading.local()
@@ -47,10 +52,11 @@ def rehearsal() -> Iterator[list[tuple]]:
 
 def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor that lives as long as the launches that use it; a recording allocates it anew each time."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
+    strides = tuple(accumulate(reversed((*shape[1:], 1)), mul))[::-1]
+    tensor = memory.uninitialised(shape, strides, dtype, device)
     recording = getattr(_thread, "recording", None)
     if recording is not None:
-        recording._workspaces.append((shape, dtype, device))
+        recording._workspaces.append((shape, strides, dtype, device))
         recording._tensors.append(tensor)
     return tensor
 
@@ -80,23 +86,25 @@ class _Address:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """An argument that holds an address: which argument, which tensor of the call, the bytes past its start.
+    """Where an address comes from: which tensor of the call, the bytes past its start."""
 
-    `described`: the fields of a descriptor but its base; None for a plain pointer.
-    """
-
-    position: int
     tensor: int
     offset: int
-    described: dict | None
 
-    def value(self, addresses: list[int]) -> int | TensorDescriptor:
-        address = addresses[self.tensor] + self.offset
-        if self.described is None:
-            return address
+    def value(self, addresses: list[int]) -> int:
+        return addresses[self.tensor] + self.offset
+
+
+@dataclass(frozen=True, slots=True)
+class _Described(_Place):
+    """What a descriptor describes. `fields`: all of the descriptor's but its base."""
+
+    fields: dict
+
+    def value(self, addresses: list[int]) -> TensorDescriptor:
         # the fields were checked when the first one was made
         again = TensorDescriptor.__new__(TensorDescriptor)
-        again.__dict__.update(self.described, base=_Address(address))
+        again.__dict__.update(self.fields, base=_Address(addresses[self.tensor] + self.offset))
         return again
 
 
@@ -104,20 +112,37 @@ class _Place:
 class _Places:
     """An argument that is a tuple of addresses."""
 
-    position: int
     places: tuple[_Place, ...]
 
     def value(self, addresses: list[int]) -> tuple:
-        return tuple([place.value(addresses) for place in self.places])
+        return tuple([addresses[place.tensor] + place.offset for place in self.places])
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One launch: `run` takes all of the kernel's arguments, of which `places` are the addresses."""
+    """One launch of a compiled kernel: all of its arguments, of which those at some positions hold addresses."""
 
-    run: Callable[..., None]
+    compiled: CompiledKernel
+    grid: tuple[int, int, int]
     args: tuple
-    places: tuple[_Place | _Places, ...]
+    places: tuple[tuple[int, _Place | _Places], ...]
+
+    def launch(self, addresses: list[int], stream: int, hooked: bool) -> None:
+        args = list(self.args)
+        for position, place in self.places:
+            args[position] = place.value(addresses)
+        compiled = self.compiled
+        if hooked:
+            compiled[self.grid](*args, stream=stream)
+        else:
+            # a subscript asks the hooks at every launch, and what they are to be told
+            compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+
+def _launches_are_hooked() -> bool:
+    """Whether a profiler of Triton's listens to launches."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 class Recording:
@@ -142,16 +167,14 @@ class Recording:
 
     def repeat(self, *tensors: Tensor | None) -> None:
         """Launch again on tensors that have the shapes, strides, dtypes and alignment of the recorded ones."""
-        spaces = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self._workspaces]
+        spaces = [memory.uninitialised(*space) for space in self._workspaces]
         addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *spaces)]
         stream = driver.active.get_current_stream(tensors[0].get_device())
         if self._describes:
             _make_context_current()
+        hooked = _launches_are_hooked()
         for step in self._steps:
-            args = list(step.args)
-            for place in step.places:
-                args[place.position] = place.value(addresses)
-            step.run(*args, stream=stream)
+            step.launch(addresses, stream, hooked)
 
     def _note(self, kernel, compiled, grid, args, keywords) -> None:
         named = dict(zip(kernel.arg_names, args, strict=False)) | keywords
@@ -164,25 +187,25 @@ class Recording:
         places = []
         for position, value in enumerate(values):
             if isinstance(value, (Tensor, TensorDescriptor)):
-                place = self._place(position, value)
+                place = self._place(value)
             elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-                inner = tuple(self._place(i, tensor) for i, tensor in enumerate(value))
-                place = None if None in inner else _Places(position, inner)
+                inner = tuple(map(self._place, value))
+                place = None if None in inner else _Places(inner)
             else:
                 continue
             if place is None:
                 self.repeatable = False
                 return
             self._describes |= isinstance(value, TensorDescriptor)
-            places.append(place)
+            places.append((position, place))
             values[position] = None
-        self._steps.append(_Step(compiled[(*grid, 1, 1)[:3]], tuple(values), tuple(places)))
+        self._steps.append(_Step(compiled, (*grid, 1, 1)[:3], tuple(values), tuple(places)))
 
-    def _place(self, position: int, value: Tensor | TensorDescriptor) -> _Place | None:
+    def _place(self, value: Tensor | TensorDescriptor) -> _Place | None:
         """Which tensor of the call an argument is, describes, or is a view of; None if it is none, or a view of several."""
-        described = None
+        fields = None
         if isinstance(value, TensorDescriptor):
-            described = {name: field for name, field in vars(value).items() if name != "base"}
+            fields = {name: field for name, field in vars(value).items() if name != "base"}
             value = value.base
         same = [i for i, tensor in enumerate(self._tensors) if tensor is value]
         if not same:
@@ -190,4 +213,5 @@ class Recording:
             same = [i for i, t in enumerate(self._tensors) if t is not None and t.untyped_storage().data_ptr() == storage]
         if len(same) != 1:
             return None
-        return _Place(position, same[0], value.data_ptr() - self._tensors[same[0]].data_ptr(), described)
+        offset = value.data_ptr() - self._tensors[same[0]].data_ptr()
+        return _Place(same[0], offset) if fields is None else _Described(same[0], offset, fields)
