@@ -1,8 +1,9 @@
-"""The copy to NLC: every element where it belongs, zeros beyond the length, for the dtypes whose bits it moves."""
+"""Copies to NLC and packed weights: every element where it belongs, zeros beyond, for the dtypes whose bits are moved."""
 
 import pytest
 import torch
 
+from torch_conv_triton.kernels.common import pack_weight
 from torch_conv_triton.kernels.layout import channels_last_copy
 from torch_conv_triton.testing import poisoned_allocations
 
@@ -43,3 +44,20 @@ def test_rounds_to_tf32_on_the_way_where_asked():
     nearest[0, 0, :2] = x[0, 0, :2]
     torch.testing.assert_close(copy, nearest, rtol=0, atol=0, equal_nan=True)
     assert nearest[0, 0, 2] == 1 + 2.0**-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tap_major", [True, False])
+@pytest.mark.parametrize("C_out, C_in, K", [(5, 6, 1), (70, 6, 3), (5, 70, 7), (3, 65, 40)])
+def test_weights_are_packed_in_the_order_of_the_reduction(C_out, C_in, K, tap_major, dtype):
+    weight = torch.randn(C_out, K, C_in + 1).to(dtype).transpose(1, 2)[:, 1:]
+    with poisoned_allocations():
+        packed = pack_weight(weight, tap_major, False, C_in + 10 if tap_major else C_in)
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, 10)).transpose(1, 2) if tap_major else weight
+    assert torch.equal(packed, padded.reshape(C_out, -1))
+
+
+@pytest.mark.parametrize("K", [1, 9])
+def test_packed_weights_are_rounded_where_asked(K):
+    weight = torch.full((2, 3, K), 1 + 2.0**-11)
+    assert torch.equal(pack_weight(weight, True, True, 3), torch.full((2, 3 * K), 1 + 2.0**-10))

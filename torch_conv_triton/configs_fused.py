@@ -42,7 +42,7 @@ def fused_choice(kernel: str, config: Config, problem: Conv1dProblem, beside: bo
 
 def _halo(config: Config, problem: Conv1dProblem) -> Config:
     reach = (problem.K - 1) * problem.dilation
-    if problem.K >= 7 and config.BLOCK_M == 256 and reach <= 18:
-        # 64 -> 64 K7 144, in tiles of 256 158; 32 -> 32 K7 194 and 231; a longer reach leaves few outputs of a tile
+    if problem.K >= 7 and config.BLOCK_N <= 64 and reach <= 18:
+        # 64 -> 64 K7 144, in tiles of 256 158, in 4 warps 216; 32 -> 32 K7 194 and 231; a longer reach leaves few outputs a tile
         return replace(config, BLOCK_M=128, num_warps=8, weights_left=False)
     return config

@@ -12,6 +12,9 @@ from torch_conv_triton.kernels.launch import launch, workspace
 # beyond it offsets are computed in 64 bits; the margin is for what a tile computes past the end before it masks it
 OFFSET_LIMIT = 2**31 - 2**20
 
+# taps from which on a weight is packed by tiles, us: 2000 x 250 x 32 37, element by element 75, 768 x 768 x 7 14 and 25
+MANY_TAPS = 7
+
 # tiles of a row from which on a weight is rounded in a launch of its own rather than by each of them
 OFTEN_READ = 64
 
@@ -307,6 +310,38 @@ def pack_weight_kernel(
     tl.store(out_ptr + i, w, mask=i < numel)
 
 
+@triton.jit(do_not_specialize=["tiles_c", "tiles_k"])
+def pack_taps_kernel(
+    w_ptr,
+    out_ptr,
+    C_OUT,
+    stride_wo,
+    stride_wc,
+    stride_wk,
+    tiles_c,
+    tiles_k,
+    C_IN: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    K: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """`pack_weight_kernel` with TAP_MAJOR for many taps: a tile is read along them and written along channels."""
+    tile_c, tile_k, tile_o, _ = split_program(tiles_c, tiles_k, tl.cdiv(C_OUT, BLOCK_O))
+    row = tl.arange(0, BLOCK_O * BLOCK_T)
+    o = (tile_o * BLOCK_O + row // BLOCK_T)[None, :]
+    k = (tile_k * BLOCK_T + row % BLOCK_T)[None, :]
+    c = (tile_c * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
+    mask = (o < C_OUT) & (k < K)
+    offsets = o.to(tl.int64) * stride_wo + c.to(tl.int64) * stride_wc + k.to(tl.int64) * stride_wk
+    w = tl.load(w_ptr + offsets, mask=mask & (c < C_IN), other=0.0)
+    if ROUND:
+        w = round_tf32(w)
+    tl.store(out_ptr + ((o.to(tl.int64) * K + k) * CHANNELS + c), w, mask=mask & (c < CHANNELS))
+
+
 def pack_weight(weight: Tensor, tap_major: bool, rounded: bool, channels: int) -> Tensor:
     """The weight ``(C_out, C_in / groups, K)`` as a matrix ``(C_out, channels * K)`` in reduction order.
 
@@ -314,6 +349,26 @@ def pack_weight(weight: Tensor, tap_major: bool, rounded: bool, channels: int) -
     """
     C_out, C_in, K = weight.shape
     packed = workspace((C_out, channels * K), dtype=weight.dtype, device=weight.device)
+    sizes = {"C_IN": C_in, "CHANNELS": channels, "K": K, "ROUND": rounded}
+    if tap_major and K >= MANY_TAPS:
+        block_t = min(32, triton.next_power_of_2(K))
+        block_o, block_c = 32 // block_t, 64
+        tiles_c, tiles_k = triton.cdiv(channels, block_c), triton.cdiv(K, block_t)
+        launch(
+            pack_taps_kernel,
+            (tiles_c * tiles_k * triton.cdiv(C_out, block_o),),
+            weight,
+            packed,
+            C_out,
+            *weight.stride(),
+            tiles_c,
+            tiles_k,
+            **sizes,
+            BLOCK_O=block_o,
+            BLOCK_C=block_c,
+            BLOCK_T=block_t,
+        )
+        return packed
     block = 1024
     launch(
         pack_weight_kernel,
@@ -322,11 +377,8 @@ def pack_weight(weight: Tensor, tap_major: bool, rounded: bool, channels: int) -
         packed,
         packed.numel(),
         *weight.stride(),
-        C_IN=C_in,
-        CHANNELS=channels,
-        K=K,
+        **sizes,
         TAP_MAJOR=tap_major,
-        ROUND=rounded,
         BLOCK=block,
     )
     return packed

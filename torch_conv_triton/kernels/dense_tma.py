@@ -16,7 +16,8 @@ from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import descriptor, launch
 
 
-@triton.jit(do_not_specialize=["tiles_m", "tiles_n"])
+# the same convolution at several dilations, as in a residual block, is one kernel
+@triton.jit(do_not_specialize=["dilation", "padding", "tiles_m", "tiles_n"])
 def conv1d_dense_tma_fwd_kernel(
     x_desc,  # (N, STRIDE, L_in / STRIDE, GROUPS * C_IN or fewer), block [1, 1, BLOCK_M, BLOCK_K]
     w_desc,  # (C_out, K * C_IN), block [BLOCK_N, BLOCK_K]
@@ -25,6 +26,7 @@ def conv1d_dense_tma_fwd_kernel(
     L_out,
     C_OUT,  # per group
     dilation,
+    padding,
     stride_yn,
     stride_yc,
     stride_yl,
@@ -36,7 +38,6 @@ def conv1d_dense_tma_fwd_kernel(
     C_IN: tl.constexpr,  # per group, whole blocks
     K: tl.constexpr,
     STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
     ROUND_X: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -51,7 +52,7 @@ def conv1d_dense_tma_fwd_kernel(
 
     CHUNKS: tl.constexpr = C_IN // BLOCK_K
     # padding rounded up to whole rows of the view keeps the division below on non-negative numbers
-    PADDED_ROWS: tl.constexpr = (PADDING + STRIDE - 1) // STRIDE
+    padded_rows = (padding + STRIDE - 1) // STRIDE
     if WEIGHTS_LEFT:
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     else:
@@ -59,8 +60,8 @@ def conv1d_dense_tma_fwd_kernel(
     for i in range(0, K * CHUNKS):
         k = i // CHUNKS
         c = (i % CHUNKS) * BLOCK_K
-        shift = k * dilation + (PADDED_ROWS * STRIDE - PADDING)
-        row = tile_m * BLOCK_M + shift // STRIDE - PADDED_ROWS
+        shift = k * dilation + (padded_rows * STRIDE - padding)
+        row = tile_m * BLOCK_M + shift // STRIDE - padded_rows
         # only leading unit dimensions fold into the copy: any other reshape would go through registers
         x = x_desc.load([sample, shift % STRIDE, row, group * C_IN + c]).reshape(BLOCK_M, BLOCK_K)
         w = w_desc.load([group * C_OUT + tile_n * BLOCK_N, k * C_IN + c])
@@ -133,6 +134,7 @@ def conv1d_dense_tma(
         L_out,
         C_out // groups,
         dilation,
+        padding,
         *y.stride(),
         tiles_m,
         tiles_n,
@@ -140,7 +142,6 @@ def conv1d_dense_tma(
         C_IN=C_in,
         K=K,
         STRIDE=stride,
-        PADDING=padding,
         # a copy rounds on its way
         ROUND_X=tf32 and not (config.copy_to_nlc or fusion.rounded),
         PRECISION=dot_precision(x.dtype, tf32),
