@@ -281,6 +281,12 @@ def test_outputs_stored_channels_last_have_their_channels_in_a_row():
 
 POINTWISE, SHORT, LONG = (rounded((8, 128, 9600), 128, K, padding=K // 2) for K in (1, 7, 13))
 FIRST = replace(problem((8, 64, 38400), 64, 7, padding=3), rounded=True)
+HALF = [
+    problem((8, 256, 2400), 256, 3, padding=1, layout="NLC", dtype=BF16),
+    problem((4, 192, 110080), 192, 7, padding=3, layout="NLC", dtype=BF16),
+    problem((8, 64, 38400), 64, 7, padding=3, layout="NLC", dtype=BF16),
+    problem((8, 64, 38400), 64, 11, padding=5, dtype=BF16),
+]
 
 
 @pytest.mark.parametrize(
@@ -290,6 +296,10 @@ FIRST = replace(problem((8, 64, 38400), 64, 7, padding=3), rounded=True)
         (SHORT, "128x128x32 w4 s3", "64x128x32 w4 s4"),
         (LONG, "128x128x32 w4 s3", "128x128x32 w8 s4"),
         (FIRST, "256x64x64 w8 s7 weights_left prefetch", "128x64x64 w8 s7 prefetch"),
+        (HALF[0], "128x256x64 w8 s3", "64x128x64 w4 s3"),
+        (HALF[1], "128x64x64 w4 s3", "128x64x64 w4 s3"),
+        (HALF[2], "256x64x64 w8 s3 tap_major weights_left", "128x64x64 w4 s3"),
+        (HALF[3], "128x64x64 w4 s11 p2 prefetch", "128x64x64 w8 s11 prefetch"),
     ],
     ids=lambda value: value.describe() if isinstance(value, Conv1dProblem) else value,
 )

@@ -1,6 +1,6 @@
 """Tiles for convolutions whose epilogue moves as much memory as the convolution itself. Measured on an H200; us in comments.
 
-In compiled graphs float32 is rounded before it is read, so what is left of a short reduction is its epilogue: a residual is read,
+In compiled graphs float32 is rounded before it is read, and 16 bits need no rounding, so what is left of a short reduction is its epilogue: a residual is read,
 two outputs are written. One program of a large tile keeps a multiprocessor waiting for all that; several small ones overlap.
 """
 
@@ -13,7 +13,7 @@ from torch_conv_triton.problem import Conv1dProblem
 
 
 def fused_choice(kernel: str, config: Config, problem: Conv1dProblem, beside: bool) -> tuple[str, Config]:
-    """The kernel and the tile for rounded float32, given those of the convolution alone.
+    """The kernel and the tile for 16 bits and for rounded float32, given those of the convolution alone.
 
     `beside`: whether tiles of operands or of a second output are beside the tile of the output.
     """
@@ -21,6 +21,10 @@ def fused_choice(kernel: str, config: Config, problem: Conv1dProblem, beside: bo
         return kernel, _halo(config, problem) if beside else config
     if problem.layout != "NLC" or kernel not in ("dense", "dense_tma"):
         return kernel, config
+    return (_dense_16bit if problem.dtype.itemsize == 2 else _dense_32bit)(kernel, config, problem, beside)
+
+
+def _dense_32bit(kernel: str, config: Config, problem: Conv1dProblem, beside: bool) -> tuple[str, Config]:
     if problem.K == 1 and beside:
         # with Snake and a residual 96 channels 484, 128x128x32 as block copies 1078; 128 channels 284 and 572, 384 263 and 478
         tile = {name: min(size, getattr(config, name)) for name, size in (("BLOCK_M", 64), ("BLOCK_N", 64), ("BLOCK_K", 32))}
@@ -40,9 +44,26 @@ def fused_choice(kernel: str, config: Config, problem: Conv1dProblem, beside: bo
     return kernel, config
 
 
+def _dense_16bit(kernel: str, config: Config, problem: Conv1dProblem, beside: bool) -> tuple[str, Config]:
+    if kernel == "dense_tma" and config.BLOCK_N == 128 and problem.C_out_per_group % 128 == 64:
+        # 192 -> 192 K7 with Snake 532, as 128x128x64 702
+        return kernel, replace(config, BLOCK_N=64)
+    if kernel == "dense" and beside and config.BLOCK_N == 256:
+        # 256 -> 256 of 8 x 2400 K3 32, as 128x256x64 43, K7 48 and 67
+        return kernel, replace(config, BLOCK_M=64, BLOCK_N=128, num_warps=4)
+    if kernel == "dense" and beside and (config.BLOCK_M, config.BLOCK_N) == (256, 64):
+        # 64 -> 64 K7 77, as 256x64x64 94
+        return kernel, replace(config, BLOCK_M=128, num_warps=4, weights_left=False)
+    return kernel, config
+
+
 def _halo(config: Config, problem: Conv1dProblem) -> Config:
     reach = (problem.K - 1) * problem.dilation
-    if problem.K >= 7 and config.BLOCK_N <= 64 and reach <= 18:
-        # 64 -> 64 K7 144, in tiles of 256 158, in 4 warps 216; 32 -> 32 K7 194 and 231; a longer reach leaves few outputs a tile
+    if problem.K < 7 or reach > 18 or config.BLOCK_N > 64:
+        # a longer reach leaves few outputs a tile
+        return config
+    if problem.dtype.itemsize == 4:
+        # 64 -> 64 K7 144, in tiles of 256 158, in 4 warps 216; 32 -> 32 K7 194 and 231
         return replace(config, BLOCK_M=128, num_warps=8, weights_left=False)
-    return config
+    # 64 -> 64 K11 89, in 4 warps, two programs a multiprocessor, 136, K7 78 and 79
+    return replace(config, num_warps=8, programs_per_sm=1) if config.BLOCK_N == 64 else config

@@ -281,7 +281,7 @@ def fused_plan(problem: Conv1dProblem, device: Device | None, beside: bool = Fal
         return found
     if found.kernel not in fusing:
         found = next(candidate for candidate in reversed(candidates(problem, device)) if candidate.kernel in fusing)
-    if problem.rounded:
+    if not found.tuned and (problem.rounded or problem.dtype.itemsize == 2):
         kernel, config = fused_choice(found.kernel, found.config, problem, beside)
         if kernel != found.kernel:
             found = next(candidate for candidate in candidates(problem, device) if candidate.kernel == kernel)
