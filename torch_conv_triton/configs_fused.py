@@ -1,7 +1,8 @@
 """Tiles for convolutions whose epilogue moves as much memory as the convolution itself. Measured on an H200; us in comments.
 
-In compiled graphs float32 is rounded before it is read, and 16 bits need no rounding, so what is left of a short reduction is its epilogue: a residual is read,
-two outputs are written. One program of a large tile keeps a multiprocessor waiting for all that; several small ones overlap.
+In compiled graphs float32 is rounded before it is read, and 16 bits need no rounding, so what is left of a short reduction is its
+epilogue: a residual is read, two outputs are written. One program of a large tile keeps a multiprocessor waiting for all that;
+several small ones overlap.
 """
 
 from __future__ import annotations
