@@ -259,8 +259,9 @@ def stays_resident(config: Config, problem: Conv1dProblem, device: Device) -> bo
 
 def config_refusal(config: Config, problem: Conv1dProblem, device: Device) -> str | None:
     """Why a tile of a matrix product cannot have this config, or None."""
-    if min(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K) < 16:
-        return "tensor cores take no tile below 16"
+    sides = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    if min(sides) < 16 or any(side & (side - 1) for side in sides):
+        return "tensor cores take tiles of powers of two from 16 on"
     if config.weights_left and not config.tap_major and config.BLOCK_N < 64 and problem.dtype.itemsize == 2:
         return "triton 3.6 miscompiles it"
     if fit(config, problem, device) != config:
