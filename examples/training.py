@@ -49,7 +49,7 @@ def train(model: nn.Module, forward: Callable[[Tensor], Tensor], device: str, N:
 
 def main() -> None:
     torch.manual_seed(0)
-    device, channels, N, L = ("cuda", 64, 8, 16384) if torch.cuda.is_available() else ("cpu", 8, 2, 128)
+    device, channels, N, L = ("cuda", 64, 8, 16384) if torch.cuda.is_available() else ("cpu", 8, 2, 64)
     eager_model = TemporalConvNet(channels).to(device)
     model = copy.deepcopy(eager_model)
 

@@ -4,4 +4,4 @@ from training import Training
 
 
 class TestTraining(Training):
-    device, channels, steps = "cpu", 8, 11
+    device, channels, steps, repeated = "cpu", 8, 11, 4
