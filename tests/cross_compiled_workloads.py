@@ -184,10 +184,8 @@ def tensors(problem: Conv1dProblem) -> tuple[torch.Tensor, ...]:
 
 def targets(workload: Workload) -> tuple[int, ...]:
     """Architectures to compile a workload for: one of four for all, the others for three unless ALL_TARGETS=1 says so."""
-    if workload in WORKLOADS[3::4] or os.environ.get("ALL_TARGETS") == "1":
-        return tuple(SHARED_MEMORY)
-    # what a rounded input is for are block copies
-    return (80, 90) if workload.rounded else (80, 89, 90)
+    everywhere = workload in WORKLOADS[3::4] or os.environ.get("ALL_TARGETS") == "1"
+    return tuple(SHARED_MEMORY) if everywhere else (80, 89, 90)
 
 
 def on_nvidia(part: slice) -> dict[str, dict[int, list[dict]]]:

@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 from cross_compile import LOCAL_MEMORY_GFX942, SHARED_MEMORY
 from cross_compiled_workloads import H200, WORKLOADS, targets
 
 from torch_conv_triton import dispatch
 from torch_conv_triton.tuning import tables
 
-# bytes a thread: a few registers parked outside the inner loop cost nothing (the most: 168, weight_grad_rows by triton 3.6)
-SPILL_LIMIT = 176
+# bytes a thread: a few registers parked outside the inner loop cost nothing; triton 3.6 parks 168 bytes of weight_grad_rows
+SPILL_LIMIT = 176 if triton.__version__.startswith("3.6") else 128
 ON_CUDA_CORES = (
     "dense_few_inputs",
     "dense_few_outputs",

@@ -154,16 +154,16 @@ ACTIVATIONS = {
     "hardswish": (F.hardswish, "add %0 3.0; max %1 0.0; min %2 6.0; mul %0 %3; div %4 6.0"),
     "clamp": (lambda y: y.clamp(-1, 2), "max %0 -1.0; min %1 2.0"),
     "prelu": (lambda y: F.prelu(y, SLOPE), "gt %0 0.0; mul %0 a0; where %1 %0 %2"),
+    "snake": (
+        lambda y: y + (ALPHA + 1e-9).reciprocal() * torch.sin(ALPHA * y).pow(2),
+        "mul %0 a0; sin %1; pow2 %2; add a0 1e-09; reciprocal %4; mul %5 %3; add %0 %6",
+    ),
     "scale": (lambda y: y * 0.5, "mul %0 0.5"),
     "scale by channel": (lambda y: y * ALPHA, "mul %0 a0"),
     "residual, then relu": (lambda y: F.relu(y + SAME), "add %0 a0; max %1 0.0"),
     "relu, then residual": (lambda y: 2 * SAME - F.relu(y), "max %0 0.0; mul a0 2.0; sub %2 %1"),
     "mask": (lambda y: y * MASK.float(), "mul %0 a0"),
     "gate": (lambda y: y * torch.sigmoid(SAME), "sigmoid a0; mul %0 %1"),
-    "snake": (
-        lambda y: y + (ALPHA + 1e-9).reciprocal() * torch.sin(ALPHA * y).pow(2),
-        "mul %0 a0; sin %1; pow2 %2; add a0 1e-09; reciprocal %4; mul %5 %3; add %0 %6",
-    ),
     "softplus": (F.softplus, "gt %0 20.0; exp %0; log1p %2; where %1 %0 %3"),
 }
 

@@ -4,4 +4,4 @@ from training import Training
 
 
 class TestTraining(Training):
-    device, channels, steps, repeated = "cpu", 8, 11, 4
+    device, channels, steps = "cpu", 8, 11

@@ -6,4 +6,4 @@ from training import Training
 
 @pytest.mark.gpu
 class TestTraining(Training):
-    device, channels, steps, repeated = "cuda", 64, 40, 40
+    device, channels, steps = "cuda", 64, 40
