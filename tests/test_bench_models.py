@@ -91,13 +91,33 @@ class TestStep:
         assert [output.tolist() for output in outputs] == [x.tolist(), (x + 1).tolist()]
 
     def test_gives_every_gradient_in_training(self):
-        model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Dropout())
-        model.eval()
-        model_run.enable_training(model)
-        x = torch.randn(1, 2, 9)
+        model, x = self.trained(nn.Conv1d(2, 3, 3), nn.Dropout())
         weight_gradient, bias_gradient = model_run.step(model, model, (x,), {}, train=True)()
-        model[0](x).square().mean().backward()
+        target = torch.randn(1, 3, 7, generator=torch.Generator().manual_seed(0))
+        nn.functional.mse_loss(model[0](x), target).backward()
         torch.testing.assert_close((weight_gradient, bias_gradient), (model[0].weight.grad, model[0].bias.grad))
+
+    def test_every_step_is_the_optimiser_s_too_and_finds_the_same_parameters(self, monkeypatch):
+        steps = []
+        step = torch.optim.AdamW.step
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(self.param_groups[0]["params"]) or step(self))
+        model, x = self.trained(nn.Conv1d(2, 3, 3))
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        learn = model_run.step(model, model, (x,), {}, train=True)
+        first, second = learn(), learn()
+        assert steps == [list(model.parameters())] * 2
+        for a, b, parameter, old in zip(first, second, model.parameters(), before, strict=True):
+            assert torch.equal(a, b) and a.any() and torch.equal(parameter, old) and parameter.grad is None
+
+    def test_what_ends_in_a_norm_has_gradients(self):
+        model, x = self.trained(nn.Conv1d(2, 3, 3), nn.LayerNorm(7))
+        expected = model_run.reference_values(model, (x,), {}, torch.float64, train=True)
+        assert relative_error(model_run.step(model, model, (x,), {}, train=True)(), expected) < 1e-4
+
+    def trained(self, *modules):
+        model = nn.Sequential(*modules).eval()
+        model_run.enable_training(model)
+        return model, torch.randn(1, 2, 9)
 
     def test_the_reference_is_exact_and_leaves_the_model_alone(self):
         model = nn.Conv1d(64, 64, 5).bfloat16()
@@ -112,6 +132,19 @@ class TestStep:
         assert relative_error(expected, expected) == 0
         assert relative_error([torch.tensor([3.0, 0.5]), torch.tensor([4.0])], expected) == pytest.approx(0.1)
         assert not relative_error([torch.tensor([float("nan"), 0.0]), torch.tensor([4.0])], expected) <= 1
+
+
+class TestWays:
+    @pytest.mark.parametrize("ways", [("eager",), ("triton_conv", "jax")], ids=str)
+    def test_ours_is_among_them_and_nothing_unknown(self, ways):
+        with pytest.raises(BenchError, match=r"eager, torch\.compile, triton_conv"):
+            model_run.run_models(["squeezebert"], ways=ways)
+
+    def test_one_left_out_has_no_time_and_no_speedup(self):
+        ways = {"torch.compile": way(3.0), "triton_conv": way(2.0)}
+        result = ModelResult("m", "fp32", "full", True, "ok", convolutions=8, rewritten=8, by_our_kernels=7, ways=ways)
+        assert (result.speedup("eager"), result.speedup("torch.compile")) == (None, 1.5)
+        assert verdict(ways, "fp32") == ("ok", "") and "1.50x" in model_run.model_line(result)
 
 
 class TestVerdict:

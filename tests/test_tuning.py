@@ -389,7 +389,7 @@ class TestCompileTime:
     def test_a_graph_gives_its_convolutions_of_one_size_with_and_without_their_bias(self):
         model = torch.nn.Sequential(torch.nn.Conv1d(4, 8, 3), torch.nn.ReLU(), torch.nn.Conv1d(8, 4, 5, bias=False))
         with torch.no_grad():
-            recorder, _ = record(model, (torch.randn(2, 4, 30),), {}, backward=False)
+            recorder = record(model, (torch.randn(2, 4, 30),), {}, backward=False).recorder
         assert [(p.K, p.has_bias) for p in recorder.problems] == [(3, True), (3, False), (5, False)]
 
 

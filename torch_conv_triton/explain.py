@@ -23,29 +23,41 @@ def explain(model: Callable[..., Any], /, *args: Any, backward: bool = False, **
     graph is explained; it needs grad mode and something that requires grad. The model runs for real, with the side
     effects that it has.
     """
-    recorder, graphs = record(model, args, kwargs, backward)
-    report = Report(tuple(recorder.records), graphs)
+    report = record(model, args, kwargs, backward).report()
     report.print()
     return report
 
 
-def record(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> tuple[Recorder, int]:
-    """What `explain` reports, as the pass recorded it, and how many graphs there were."""
+class RecordingBackend:
+    """The backend for `torch.compile`, with our options `own`: keeps what happens to each convolution of `model`.
+
+    Its graphs are compiled afresh whatever the caches hold, and not put there.
+    """
+
+    def __init__(self, model: Callable[..., Any], **own: Any) -> None:
+        modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
+        self.recorder = Recorder({str(id(module)): name for name, module in modules})
+        self._own = own
+        self._graphs = 0
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        self._graphs += 1
+        return compile_with(gm, example_inputs, own=self._own, recorder=self.recorder)
+
+    def report(self) -> Report:
+        """What happened so far."""
+        return Report(tuple(self.recorder.records), self._graphs)
+
+
+def record(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], backward: bool) -> RecordingBackend:
+    """A backend that has recorded what `explain` reports."""
     model = getattr(model, "_orig_mod", model)
-    modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
-    recorder = Recorder({str(id(module)): name for name, module in modules})
-    graphs = 0
-
-    def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
-        return compile_with(gm, example_inputs, own={"tune": False}, recorder=recorder)
-
+    backend = RecordingBackend(model, tune=False)
     with _forgotten(backend):
         outputs = torch.compile(_own_frame(model), backend=backend, dynamic=False)(*args, **kwargs)
         if backward:
             _differentiate(outputs, model, args, kwargs)
-    return recorder, graphs
+    return backend
 
 
 def _own_frame(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ _GEOMETRY = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "output_padd
 # options that belong to one kind of measurement, with the values that say nothing
 _ONLY_WITH = {
     "shape": {"weight": None, **_GEOMETRY, "layout": "NCL", "transposed": False, "bias": False},
-    "models": {"train": False, "size": "full"},
+    "models": {"train": False, "size": "full", "ways": None},
 }
 
 
@@ -54,7 +54,13 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add_geometry_arguments(parser)
 
     models = parser.add_argument_group("with --models")
-    models.add_argument("--train", action="store_true", help="run a training step instead of inference")
+    models.add_argument("--train", action="store_true", help="run a training step, with the optimiser's, instead of inference")
+    models.add_argument(
+        "--ways",
+        nargs="+",
+        metavar="WAY",
+        help="only some of eager, torch.compile and triton_conv, the last among them (default all)",
+    )
     models.add_argument("--size", choices=("full", "small"), default="full", help="size of the inputs (default full)")
 
     how = parser.add_argument_group("how")
@@ -175,10 +181,16 @@ def _suite(args: argparse.Namespace) -> SuiteResult:
 
 
 def _models(args: argparse.Namespace) -> int:
-    from torch_conv_triton.bench.model_run import run_models
+    from torch_conv_triton.bench.model_run import WAYS, run_models
 
     results = run_models(
-        args.models or tuple(MODELS), args.dtype, size=args.size, train=args.train, out=args.json, **_how(args, "models")
+        args.models or tuple(MODELS),
+        args.dtype,
+        size=args.size,
+        train=args.train,
+        ways=args.ways or WAYS,
+        out=args.json,
+        **_how(args, "models"),
     )
     return 0 if all(result.status == "ok" for result in results) else 1
 

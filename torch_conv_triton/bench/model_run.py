@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -25,6 +25,7 @@ from torch_conv_triton.bench.suite import DTYPES
 from torch_conv_triton.bench.timing import in_words, repeats_within
 from torch_conv_triton.bench.worker import Here, Worker, WorkerError
 from torch_conv_triton.dispatch import ATEN
+from torch_conv_triton.explain import RecordingBackend
 
 WAYS = ("eager", "torch.compile", "triton_conv")
 # of a model of many layers: how much worse than PyTorch's own error ours may be
@@ -34,7 +35,8 @@ ERROR_MARGIN = 1.5
 @dataclass(frozen=True, slots=True)
 class WayResult:
     """One way to run a model: wall time of a call in ms, time of the first call in s, memory it takes in MiB beyond what is
-    there before it, and its relative error (Frobenius, over all outputs, or over all gradients of a training step)."""
+    there before it (the state of the optimiser is), and its relative error (Frobenius, over all outputs, or over all gradients of
+    a training step)."""
 
     ms: float
     first_call_s: float
@@ -73,6 +75,7 @@ def run_models(
     *,
     size: str = "full",
     train: bool = False,
+    ways: Sequence[str] = WAYS,
     rounds: int = 3,
     ms: float = 1000,
     out: str | Path | None = None,
@@ -84,10 +87,12 @@ def run_models(
 ) -> list[ModelResult]:
     """Run each model in `dtype` (its usual one by default) eager, compiled by Inductor and compiled by the backend.
 
-    With `train`, a training step (forward, loss, gradients of all parameters) is run instead of inference. The error of each
-    is against the same weights in eager float32 without TF32 (float64 for `size` "small"). `isolate`, `timeout_s` (a model)
-    and `out` as in `run_suite`. Raises BenchError without a CUDA device, or for an unknown model.
+    With `train`, a training step (see `step`) is run instead of inference. `ways`: only some of `WAYS`, ours among them. The
+    error of each is against the same weights in eager float32 without TF32 (float64 for `size` "small"). `isolate`, `timeout_s`
+    (a model) and `out` as in `run_suite`. Raises BenchError without a CUDA device, or for an unknown model or way.
     """
+    if "triton_conv" not in ways or set(ways) - set(WAYS):
+        raise BenchError(f"ways are some of {', '.join(WAYS)}, with triton_conv among them, not {', '.join(ways)}")
     require_gpu()
     if unknown := [name for name in names if name not in MODELS]:
         raise BenchError(f"unknown model {', '.join(unknown)}; there are {', '.join(MODELS)}")
@@ -101,13 +106,13 @@ def run_models(
         for name in track(names, names):
             used = dtype or MODELS[name].dtype
             try:
-                result = worker.call(measure_model, name, used, size=size, train=train, rounds=rounds, ms=ms)
+                result = worker.call(measure_model, name, used, size=size, train=train, ways=ways, rounds=rounds, ms=ms)
             except WorkerError as error:
                 result = ModelResult(name, used, size, train, "failed", str(error))
             echo(model_line(result))
             found.append(result)
             if out is not None:
-                options = {"size": size, "train": train, "rounds": rounds, "ms": ms}
+                options = {"size": size, "train": train, "ways": list(ways), "rounds": rounds, "ms": ms}
                 models = [asdict(r) | {"speedups": {way: r.speedup(way) for way in WAYS[:2]}} for r in found]
                 write_json(out, {"machine": machine, "options": options, "models": models})
     return found
@@ -139,28 +144,28 @@ def model_line(result: ModelResult) -> str:
     return line if result.status == "ok" else f"{line}  {result.status.upper()}: {result.message}"
 
 
-def measure_model(name: str, dtype: str, *, size: str, train: bool, rounds: int, ms: float) -> ModelResult:
+def measure_model(name: str, dtype: str, *, size: str, train: bool, ways: Sequence[str], rounds: int, ms: float) -> ModelResult:
     """Measure one model on the current CUDA device; runs in the worker."""
     import torch._dynamo.config
-
-    import torch_conv_triton
 
     torch._dynamo.reset()
     torch.cuda.empty_cache()
     # without allow_rnn, Dynamo leaves the graph at every nn.LSTM
-    with torch._dynamo.config.patch(allow_rnn=True):
+    with torch._dynamo.config.patch(allow_rnn=True), _compiled_afresh():
         module, args, kwargs = build(name, "cuda", dtype, size)
         if train:
             enable_training(module)
         expected = reference_values(module, args, kwargs, torch.float64 if size == "small" else torch.float32, train)
-        runs = (module, torch.compile(module), torch.compile(module, backend="triton_conv"))
-        calls = {way: step(run, module, args, kwargs, train) for way, run in zip(WAYS, runs, strict=True)}
-        ways = measure_ways(calls, expected, rounds, ms)
-        status, message = verdict(ways, dtype)
-        if status == "failed":
-            return ModelResult(name, dtype, size, train, status, message, ways=ways)
-        with contextlib.redirect_stdout(io.StringIO()), torch.set_grad_enabled(train):
-            report = torch_conv_triton.explain(module, *args, backward=train, **kwargs)
+        backend = RecordingBackend(module)
+        runs = {
+            "eager": module,
+            "torch.compile": torch.compile(module),
+            "triton_conv": torch.compile(module, backend=backend),
+        }
+        calls = {way: step(runs[way], module, args, kwargs, train) for way in WAYS if way in ways}
+        measured = measure_ways(calls, expected, rounds, ms)
+    report = backend.report()
+    status, message = verdict(measured, dtype)
     return ModelResult(
         name,
         dtype,
@@ -172,7 +177,7 @@ def measure_model(name: str, dtype: str, *, size: str, train: bool, rounds: int,
         rewritten=len(report.rewritten),
         by_our_kernels=sum(record.kernel not in ATEN for record in report.records),
         graph_breaks=report.graph_breaks,
-        ways=ways,
+        ways=measured,
     )
 
 
@@ -212,7 +217,11 @@ def verdict(ways: dict[str, WayResult | str], dtype: str) -> tuple[str, str]:
 
 
 def step(run: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict, train: bool) -> Callable[[], list[Tensor]]:
-    """A call that gives the floating-point outputs of `run`, or with `train` a loss's gradients for `module`'s parameters."""
+    """A call that gives the floating-point outputs of `run`, or with `train` the gradients of `module`'s parameters in a training
+    step: forward, mean squared distances from random targets, backward, and AdamW's step, which is not compiled.
+
+    The learning rate is zero: the work is that of any rate, and every step of every way finds the same parameters.
+    """
 
     def outputs() -> list[Tensor]:
         return [leaf for leaf in tree_leaves(run(*args, **kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -221,12 +230,25 @@ def step(run: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict, 
         with torch.no_grad():
             return outputs()
 
-    def learn() -> list[Tensor]:
-        loss = sum(output.float().square().mean() for output in outputs())
-        gradients = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
-        return [gradient for gradient in gradients if gradient is not None]
+    if not train:
+        return infer
+    parameters = list(module.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+    targets: list[Tensor] = []
 
-    return learn if train else infer
+    def learn() -> list[Tensor]:
+        found = outputs()
+        if not targets:
+            # the mean square of what a norm gives is a constant: without targets there would be nothing to learn
+            generator = torch.Generator(found[0].device).manual_seed(0)
+            targets.extend(torch.randn(output.shape, device=output.device, generator=generator) for output in found)
+        sum(F.mse_loss(output.float(), target) for output, target in zip(found, targets, strict=True)).backward()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        optimizer.step()
+        optimizer.zero_grad()
+        return gradients
+
+    return learn
 
 
 def enable_training(module: nn.Module) -> None:
@@ -279,6 +301,16 @@ def _first_call(call: Callable[[], list[Tensor]], expected: list[Tensor]) -> tup
     torch.cuda.reset_peak_memory_stats()
     call()
     return first_call_s, (torch.cuda.max_memory_allocated() - before) / 2**20, error
+
+
+@contextlib.contextmanager
+def _compiled_afresh() -> Iterator[None]:
+    """Take no graph from the caches of earlier runs: ours is not in them (see `RecordingBackend`), and first calls are compared."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def _problems_of(model: Model) -> Sequence[tuple[str, Conv1dProblem]]:
     function, args, kwargs = model
     # what the model prints is no outcome
     with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
-        recorder, _ = record(function, args, kwargs, backward=False)
+        recorder = record(function, args, kwargs, backward=False).recorder
     found = {tables.key(problem): problem for problem in recorder.problems}
     if not found:
         raise BenchError("the model has no convolution of fixed size that kernels of ours compute")
