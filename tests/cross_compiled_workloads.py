@@ -89,6 +89,7 @@ WORKLOADS = (
     Workload("depthwise_upsample", (1, 192, 9010), (192, 1, 12), FP32, stride=2, groups=192, transposed=True),
     Workload("depthwise_fp32_nlc", (16, 512, 938), (512, 1, 7), FP32, padding=3, groups=512, nlc=True),
     Workload("depthwise", (8, 5120, 2048), (5120, 1, 4), BF16, padding=3, groups=5120, nlc=True),
+    Workload("depthwise_decoding", (64, 5376, 5), (5376, 1, 4), BF16, groups=5376),
 )
 
 

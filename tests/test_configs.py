@@ -21,6 +21,7 @@ ON_CUDA_CORES = (
     "dense_few_inputs",
     "dense_few_outputs",
     "depthwise",
+    "depthwise_short",
     "depthwise_skewed",
     "depthwise_sliding",
     "depthwise_vector",

@@ -73,6 +73,7 @@ CHOICES = {
     ),
     "depthwise, rows of any length": (problem((8, 5120, 2051), 5120, 4, groups=5120, dtype=BF16), "depthwise_toeplitz"),
     "depthwise, few taps": (problem((8, 5120, 2048), 5120, 9, padding=4, groups=5120, dtype=BF16), "depthwise_vector"),
+    "depthwise, decoding": (problem((64, 5376, 5), 5376, 4, groups=5376, dtype=BF16), "depthwise_short"),
     "depthwise, spread taps": (problem((8, 512, 4001), 512, 3, padding=128, dilation=128, groups=512), "depthwise"),
     "depthwise, many taps in NLC": (
         problem((16, 512, 1500), 512, 31, padding=15, groups=512, dtype=BF16, layout="NLC"),

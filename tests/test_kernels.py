@@ -141,6 +141,7 @@ def test_the_table_reaches_every_kernel_that_its_names_promise(case):
         depthwise = case.groups == case.C_in > 1
         assert ("depthwise" in kernels) == depthwise
         assert ("depthwise_vector" in kernels) == (depthwise and "aligned" in case.name)
+        assert ("depthwise_short" in kernels) == (depthwise and "short" in case.name)
         whole = not case.transposed or case.stride in (1, 2, 4)
         assert ("depthwise_toeplitz" in kernels) == (depthwise and whole)
 

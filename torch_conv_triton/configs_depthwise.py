@@ -10,6 +10,9 @@ from dataclasses import replace
 from torch_conv_triton.configs import Config
 from torch_conv_triton.problem import Conv1dProblem, ceil_pow2
 
+# samples, outputs and taps of a row that a thread holds
+LONGEST_HELD = 16
+
 
 def depthwise_choices(problem: Conv1dProblem) -> list[tuple[str, Config, str]]:
     """The depthwise kernels that can run a depthwise problem, as (name, config, reason), the preferred one last."""
@@ -28,6 +31,8 @@ def depthwise_choices(problem: Conv1dProblem) -> list[tuple[str, Config, str]]:
         choices.append((rank, "depthwise_skewed", config, "channels-last x: whole vectors of y, wherever rows start"))
     if not vector_refusal(problem):
         choices.append((5, "depthwise_vector", vector_config(problem), "aligned rows: few taps, shifted in registers"))
+    if not short_refusal(problem):
+        choices.append((6, "depthwise_short", short_config(problem), "rows of a few samples: a thread holds them whole"))
     return [choice[1:] for choice in sorted(choices, key=lambda choice: choice[0])]
 
 
@@ -40,6 +45,21 @@ def depthwise_config(problem: Conv1dProblem) -> Config:
     # p26 128x4 0.042, 512x2 0.054; p32 128x4 0.017
     length = min(128, max(16, ceil_pow2(problem.L_out)))
     return Config(length, min(512 // length, ceil_pow2(problem.C_out)), num_warps=2, num_stages=1)
+
+
+def short_refusal(problem: Conv1dProblem) -> str | None:
+    """Why a thread cannot hold whole rows of x, or None."""
+    if problem.transposed:
+        return "outputs take turns with their taps"
+    if max(problem.L_in, problem.L_out, problem.K) > LONGEST_HELD:
+        return "rows or taps do not fit the registers"
+    return None
+
+
+def short_config(problem: Conv1dProblem) -> Config:
+    """Tile of the kernel for rows of a few samples: BLOCK_M samples x BLOCK_N channels, all positions."""
+    channels = min(128, max(32, ceil_pow2(problem.C_out)))
+    return Config(min(4, ceil_pow2(problem.N)), channels, num_warps=channels // 32, num_stages=1)
 
 
 def vector_refusal(problem: Conv1dProblem) -> str | None:

@@ -131,6 +131,10 @@ def launch_kernel(
         from torch_conv_triton.kernels.depthwise_toeplitz import conv1d_depthwise_toeplitz
 
         conv1d_depthwise_toeplitz(x, weight, bias, y, p.stride, p.padding, p.dilation, p.transposed, tf32, config, fusion)
+    elif plan.kernel == "depthwise_short":
+        from torch_conv_triton.kernels.depthwise_short import conv1d_depthwise_short
+
+        conv1d_depthwise_short(x, weight, bias, y, p.stride, p.padding, p.dilation, config)
     elif plan.kernel == "depthwise_skewed":
         from torch_conv_triton.kernels.depthwise_skewed import conv1d_depthwise_skewed
 

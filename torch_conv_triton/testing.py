@@ -113,6 +113,8 @@ CASES = (
     Case("depthwise_dilated", 1, 17, 45, 17, 3, padding=4, dilation=4, groups=17),
     Case("depthwise_aligned", 2, 6, 64, 6, 5, padding=2, groups=6),
     Case("depthwise_aligned_dilated", 1, 5, 72, 5, 3, padding=4, dilation=4, groups=5, bias=False),
+    Case("depthwise_short", 5, 20, 5, 20, 4, groups=20),
+    Case("depthwise_short_strided", 2, 9, 16, 18, 3, stride=2, padding=4, dilation=3, groups=9, bias=False),
     Case("depthwise_middle", 3, 7, 211, 7, 31, padding=15, groups=7),
     Case("depthwise_long", 2, 5, 150, 5, 70, padding=33, groups=5, bias=False),
     Case("depthwise_far_apart", 1, 6, 300, 6, 3, padding=100, dilation=100, groups=6),

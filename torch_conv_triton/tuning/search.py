@@ -204,6 +204,17 @@ def _depthwise(problem: Conv1dProblem, device: Device, start: Config, accepted: 
     )
 
 
+def _depthwise_short(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
+    yield from nearest(
+        start,
+        8,
+        lambda config: 32 * config.num_warps <= config.BLOCK_M * config.BLOCK_N <= 256 * config.num_warps and accepted(config),
+        BLOCK_M=(1, 2, 4, 8),
+        BLOCK_N=(32, 64, 128, 256),
+        num_warps=(1, 2, 4, 8),
+    )
+
+
 def _depthwise_vector(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
     vector = 16 // problem.dtype.itemsize
     yield from nearest(
@@ -395,6 +406,7 @@ _STEPS: dict[str, Callable[[Conv1dProblem, Device, Config, Callable[[Config], bo
     "transposed_interleaved": _interleaved,
     "transposed_tma": _transposed_tma,
     "depthwise": _depthwise,
+    "depthwise_short": _depthwise_short,
     "depthwise_vector": _depthwise_vector,
     "depthwise_skewed": _depthwise_skewed,
     "depthwise_sliding": _depthwise_sliding,
