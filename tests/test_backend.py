@@ -138,7 +138,7 @@ ERRORS = {
     "unknown option of ours": (
         {"triton_conv.gradient": False},
         "unknown option triton_conv.gradient; known options are triton_conv.gradients, triton_conv.fold, triton_conv.layout, "
-        "triton_conv.tune",
+        "triton_conv.chain, triton_conv.tune",
     ),
     "option of ours of the wrong type": (
         {"triton_conv.gradients": "no"},

@@ -72,6 +72,11 @@ def test_a_repeated_call_runs_on_the_new_addresses():
     recording.repeat(x, w, y)
     # the weight was passed from its second element on; num_warps is no argument of the kernel
     assert kernel.compiled == [((3, 1, 1), (x.data_ptr(), w.data_ptr() + 4, 5, y.data_ptr(), 64), 7)]
+    # once more on the same, and on others
+    recording.repeat(x, w, y)
+    recording.repeat(x, y, w)
+    assert kernel.compiled[1] == kernel.compiled[0]
+    assert kernel.compiled[2][1] == (x.data_ptr(), y.data_ptr() + 4, 5, w.data_ptr(), 64)
     assert len(kernel.bound) == 1
 
 
@@ -109,6 +114,36 @@ def test_a_descriptor_is_made_again_on_the_new_address():
     ((_, (again, *_), _),) = kernel.compiled
     assert (again.shape, again.strides, again.block_shape, again.padding) == ([6, 16], [16, 1], [4, 16], "zero")
     assert again.base.data_ptr() == x[2:].data_ptr()
+
+
+def test_recordings_are_joined():
+    kernel = Kernel()
+    first = record(kernel, torch.empty(8), torch.empty(8), torch.empty(8), n=5)
+    x, y = torch.empty(8), torch.empty(8)
+    with Recording(x, None, y) as second:
+        launch(kernel, (3,), x, workspace((16,), torch.float32, x.device), 6, y, BLOCK=64)
+    assert (first.workspace_bytes, second.workspace_bytes) == ([], [64])
+    # of the whole x, the weight and y are given; what the first stores and the second reads is in its workspace, and so is the
+    # workspace of the second
+    whole = Recording.joined([(first, [(0, 0), (1, 0), (3, 0)]), (second, [(3, 0), (3, 0), (2, 0), (3, 512)])], 1024, x.device)
+    x, w, y = torch.empty(8), torch.empty(8), torch.empty(8)
+    with pytest.MonkeyPatch.context() as patched:
+        space = torch.empty(1024, dtype=torch.uint8)
+        patched.setattr(memory, "uninitialised", lambda shape, strides, dtype, device: space if shape == (1024,) else None)
+        whole.repeat(x, w, y)
+    between, own = space.data_ptr(), space.data_ptr() + 512
+    assert [args for _, args, _ in kernel.compiled] == [
+        (x.data_ptr(), w.data_ptr() + 4, 5, between, 64),
+        (between, own, 6, y.data_ptr(), 64),
+    ]
+
+
+def test_what_cannot_be_repeated_cannot_be_joined():
+    kernel = Kernel()
+    x, y = torch.empty(8), torch.empty(8)
+    with Recording(x, None, y) as recording:
+        launch(kernel, (3,), x, torch.empty(8), 5, y, BLOCK=64)
+    assert not Recording.joined([(recording, [(0, 0), (0, 0), (1, 0)])], 0, x.device).repeatable
 
 
 def test_nothing_is_noted_outside_a_recording():

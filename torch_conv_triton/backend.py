@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 # a graph from the cache calls our operators and runs none of our passes, so loading the backend registers them
-import torch_conv_triton.fused
+import torch_conv_triton.chain
 import torch_conv_triton.ops  # noqa: F401
 
 if TYPE_CHECKING:

@@ -58,6 +58,17 @@ def run(call: Call, launch: Launch, *tensors: Tensor | None) -> None:
             _launch_or_repeat(call, launch, tensors)
 
 
+def repeat(recording: Recording, *tensors: Tensor) -> None:
+    """The recording's launches again, on the GPU of the first tensor."""
+    device = tensors[0].device
+    if device.index == torch.cuda.current_device():
+        recording.repeat(*tensors)
+    else:
+        # Triton launches on the current device
+        with torch.cuda.device(device):
+            recording.repeat(*tensors)
+
+
 def _launch_or_repeat(call: Call, launch: Launch, tensors: tuple[Tensor | None, ...]) -> None:
     recording = call.recording
     if recording is None:

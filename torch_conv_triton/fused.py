@@ -128,6 +128,8 @@ def plan(a: Arguments) -> Plan:
             return aten(f"{dtype_name(dtype)} is computed by aten")
     beside = len(stored) > 1 or any(operand.dim() > 1 and min(operand.shape[-2:]) > 1 for operand in a.operands)
     problem, device = problem_of(a), dispatch.device_for(a.input.device)
+    if program == parse("", a.input.dtype) and a.padding_mode == "zeros" and problem.padding_end is None:
+        return dispatch.plan(problem, device)
     found = dispatch.fused_plan(problem, device, beside)
     if found.is_aten and not problem.has_bias and any(instruction.name != "tf32" for instruction in program.instructions):
         # what follows costs aten a pass over the output, as a bias does, and our kernels nothing
@@ -136,6 +138,15 @@ def plan(a: Arguments) -> Plan:
 
 
 def compute_conv1d_fused(*arguments):
+    call, given = find_call(*arguments)
+    return call.compute(given, arguments)
+
+
+def find_call(*arguments) -> tuple[FusedCall, list[Tensor]]:
+    """The call that these arguments of the operator make, checked and planned once, and its tensors.
+
+    The tensors are input, weight, bias if there is one, and operands.
+    """
     input, weight, bias, stride, padding, dilation, groups, transposed, padding_mode, epilogue, operands, rounded = arguments
     # models compiled ahead of time hand over an empty list of tensors as None
     operands = operands or []
@@ -152,12 +163,7 @@ def compute_conv1d_fused(*arguments):
     if call is None:
         call = FusedCall.of(Arguments(input, weight, bias, *geometry, epilogue, operands, rounded), firsts)
         remember(_calls, key, call)
-    if call.plan.is_aten:
-        y = _convolution(input, weight, bias, *geometry)
-        return evaluate(call.program, y, operands, call.problem.precision == "tf32")
-    outputs = [memory.uninitialised(call.shape, strides, dtype, input.device) for strides, dtype in call.allocations]
-    run(call, call.launch, input, weight, bias, *outputs, *[given[i] for i in call.distinct])
-    return outputs
+    return call, given
 
 
 def forget_plans() -> None:
@@ -178,6 +184,24 @@ class FusedCall(Call):
     allocations: list[tuple[Strides, torch.dtype]]
     launch: Launch | None = None
     distinct: list[int]
+
+    def compute(self, given: Sequence[Tensor], arguments: Sequence) -> list[Tensor]:
+        """The outputs, for the tensors that `find_call` returned, and for its arguments."""
+        input, weight, bias, *geometry, _, operands, _ = arguments
+        if self.plan.is_aten:
+            y = _convolution(input, weight, bias, *geometry)
+            return evaluate(self.program, y, operands or [], self.problem.precision == "tf32")
+        outputs = [memory.uninitialised(self.shape, strides, dtype, input.device) for strides, dtype in self.allocations]
+        run(
+            self,
+            self.launch,
+            input,
+            weight,
+            given[2] if self.problem.has_bias else None,
+            *outputs,
+            *[given[i] for i in self.distinct],
+        )
+        return outputs
 
     @classmethod
     def of(cls, arguments: Arguments, firsts: Sequence[int]) -> FusedCall:
@@ -215,7 +239,8 @@ def _launch(text: str, places: list[int], plan: Plan, p: Conv1dProblem, *tensors
     execute.launch_kernel(plan, p, x, weight, bias, y, fusion)
 
 
-def _conv1d_fused_fake(*arguments):
+def fake(*arguments):
+    """The outputs as fake tensors."""
     a = Arguments(*arguments)
     program, L_out = check_fused(a)
     return allocate(program, a.input, (a.input.shape[0], a.C_out, L_out))
@@ -247,7 +272,7 @@ def _one(compute):
 
 # what the operators run
 COMPUTE = {conv1d_fused: compute_conv1d_fused, torch.ops.triton_conv.conv1d_fused.one: _one(compute_conv1d_fused)}
-for (_op, _compute), _fake in zip(COMPUTE.items(), (_conv1d_fused_fake, _one(_conv1d_fused_fake)), strict=True):
+for (_op, _compute), _fake in zip(COMPUTE.items(), (fake, _one(fake)), strict=True):
     _library.impl(_op, _compute, "CPU")
     _library.impl(_op, _compute, "CUDA")
     torch.library.register_fake(_op, _fake, lib=_library)

@@ -284,6 +284,9 @@ def poisoned_allocations() -> Iterator[None]:
     def poisoned(allocate):
         def allocate_poisoned(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
+            if tensor.dtype == torch.uint8:
+                # bytes that hold other dtypes: NaN in all of them
+                return tensor.fill_(255)
             return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
         return allocate_poisoned

@@ -12,7 +12,7 @@ from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from torch_conv_triton import dispatch, fused, ops
+from torch_conv_triton import chain, dispatch, fused, ops
 from torch_conv_triton.graph.convolution import hint, stand_in, value
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COMPUTE = ops.COMPUTE | fused.COMPUTE
+COMPUTE = ops.COMPUTE | fused.COMPUTE | chain.COMPUTE
 
 
 def compile_ahead(graph: Graph) -> None:
@@ -87,4 +87,4 @@ def _without_data(node: Node) -> torch.Tensor | int:
 
 
 def _device(node: Node) -> torch.device:
-    return value(node.args[0]).device
+    return value(node.all_input_nodes[0]).device

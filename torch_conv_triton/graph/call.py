@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from torch_conv_triton import dispatch, fused
@@ -87,7 +88,7 @@ class OperatorCall:
 
     def problem(self) -> Conv1dProblem:
         """The convolution in it, at the sizes seen while compiling."""
-        return fused.problem_of(self._arguments(self._stand_ins()))
+        return fused.problem_of(self.arguments(self._stand_ins()))
 
     @staticmethod
     def outputs(node: Node) -> tuple[Node, ...]:
@@ -102,25 +103,10 @@ class OperatorCall:
         Returns its node, and the nodes that hold what it computes.
         """
         results = [_as_stored(value(old), output) for old, output in zip(outputs, self.program.outputs, strict=True)]
-        arguments = self._arguments({tensor: tensor for tensor in self.tensors})
-        with graph.inserting_after(max(node, *self.tensors)):
-            call = graph.call_function(FUSED[len(results) - 1], tuple(arguments))
-        call.meta = {**node.meta, "val": results[0] if len(results) == 1 else results}
-        new = (call,) if len(results) == 1 else self._getitems(graph, call, results)
-        for old, output in zip(outputs, new, strict=True):
-            output.meta = {**old.meta, "val": value(output)}
-            old.replace_all_uses_with(output)
-        return call, new
-
-    @staticmethod
-    def _getitems(graph: Graph, call: Node, results: Sequence[Tensor]) -> tuple[Node, ...]:
-        nodes = []
-        # each goes right behind the call, so before the one that was put there
-        for i in reversed(range(len(results))):
-            with graph.inserting_after(call):
-                nodes.append(graph.call_function(operator.getitem, (call, i)))
-            nodes[-1].meta["val"] = results[i]
-        return tuple(reversed(nodes))
+        arguments = self.arguments({tensor: tensor for tensor in self.tensors})
+        call = call_for(graph, max(node, *self.tensors), FUSED, arguments, results)
+        call.meta = {**node.meta, **call.meta}
+        return call, take_over(graph, call, outputs)
 
     def with_program(self, program: Program, operands: Sequence[Node]) -> OperatorCall:
         return replace(self, program=program, operands=tuple(operands))
@@ -130,9 +116,9 @@ class OperatorCall:
 
     def _plan(self, tensors: dict[Node, Tensor]) -> Plan:
         with dispatch.meta_stands_for(value(self.input).device):
-            return fused.plan(self._arguments(tensors))
+            return fused.plan(self.arguments(tensors))
 
-    def _arguments(self, tensor: dict[Node, object]) -> fused.Arguments:
+    def arguments(self, tensor: Mapping[Node, object]) -> fused.Arguments:
         """The arguments with what `tensor` says in place of each node."""
         return fused.Arguments(
             tensor[self.input],
@@ -148,6 +134,33 @@ class OperatorCall:
             [tensor[node] for node in self.operands],
             self.rounded,
         )
+
+
+def call_for(
+    graph: Graph, after: Node, overloads: Sequence[OpOverload], arguments: Sequence[object], results: Sequence[Tensor]
+) -> Node:
+    """A call with these fake results behind a node: of the first overload, which returns one, or the second, a list."""
+    with graph.inserting_after(after):
+        call = graph.call_function(overloads[len(results) > 1], tuple(arguments))
+    call.meta["val"] = results[0] if len(results) == 1 else list(results)
+    return call
+
+
+def take_over(graph: Graph, call: Node, outputs: Sequence[Node]) -> tuple[Node, ...]:
+    """Let a call's results, in order, stand in for the outputs of others; returns the nodes that hold them."""
+    if len(outputs) == 1:
+        new = [call]
+    else:
+        new, results = [], value(call)
+        # each goes right behind the call, so before the one that was put there
+        for i in reversed(range(len(outputs))):
+            with graph.inserting_after(call):
+                new.insert(0, graph.call_function(operator.getitem, (call, i)))
+            new[0].meta["val"] = results[i]
+    for old, output in zip(outputs, new, strict=True):
+        output.meta = {**old.meta, "val": value(output)}
+        old.replace_all_uses_with(output)
+    return tuple(new)
 
 
 def _as_stored(tensor: Tensor, output: Output) -> Tensor:

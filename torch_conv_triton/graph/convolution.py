@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -163,3 +164,17 @@ def reason_to_keep(conv: Convolution) -> str | None:
         # Inductor's own lowering fixes it; torch 2.13 raises over strides that hold the difference of two sizes
         return "the kernel size is known only when the graph runs"
     return None
+
+
+def before_writes(graph: Graph) -> Iterator[Node]:
+    """The nodes before the first that may write to a tensor: what is read after a write may not be read before it."""
+    return takewhile(lambda node: not writes(node), graph.nodes)
+
+
+def writes(node: Node) -> bool:
+    """Whether a node may write to a tensor that it is given."""
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and "mutation" in node.target.name()

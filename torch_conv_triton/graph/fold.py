@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch.fx import Graph, Node
 
 from torch_conv_triton.graph.call import CONVOLUTIONS, OperatorCall
-from torch_conv_triton.graph.convolution import aten
+from torch_conv_triton.graph.convolution import aten, before_writes, writes
 from torch_conv_triton.graph.epilogue import Epilogue, grow_epilogue, is_read_from_memory
 from torch_conv_triton.graph.padding import fold_crop, fold_padding
 from torch_conv_triton.graph.report import ConvRecord
@@ -33,12 +32,11 @@ def fold(graph: Graph, records: dict[Node, ConvRecord]) -> None:
 
     The records of the nodes are replaced by those of the calls that stand in for them.
     """
-    first_write = next((node for node in graph.nodes if _writes(node)), None)
+    first_write = next(filter(writes, graph.nodes), None)
+    foldable = [node for node in before_writes(graph) if node in records and node.target in CONVOLUTIONS]
     # later ones first: the sum of two convolutions goes to the one that finds both there
-    for node in sorted((node for node in records if node.target in CONVOLUTIONS), reverse=True):
-        # what is read after a tensor has been written to may not be read before it
-        if first_write is None or node < first_write:
-            _fold_one(graph, node, first_write, records)
+    for node in reversed(foldable):
+        _fold_one(graph, node, first_write, records)
 
 
 def _fold_one(graph: Graph, node: Node, first_write: Node | None, records: dict[Node, ConvRecord]) -> None:
@@ -99,12 +97,3 @@ def erase_unused(graph: Graph, nodes: Sequence[Node]) -> None:
             waiting += node.all_input_nodes
             graph.erase_node(node)
             gone.add(node)
-
-
-def _writes(node: Node) -> bool:
-    """Whether a node may write to a tensor that it is given."""
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and "mutation" in node.target.name()

@@ -20,6 +20,7 @@ import torch_conv_triton
 from torch_conv_triton import dispatch
 from torch_conv_triton.graph.ahead import compile_ahead
 from torch_conv_triton.graph.backward import split_backward
+from torch_conv_triton.graph.chain import join_chains
 from torch_conv_triton.graph.convolution import static_problems
 from torch_conv_triton.graph.fold import fold
 from torch_conv_triton.graph.layout import choose_layouts
@@ -38,13 +39,14 @@ class PassOptions:
 
     `gradients`: also rewrite the backward; False leaves `aten.convolution_backward` to Inductor. `fold`: compute what surrounds a
     convolution (padding, pointwise operators after it) in its kernel. `layout`: let convolutions store their output the way the
-    next ones read it best. `tune`: time ways to run the forward convolutions whose sizes are fixed, while compiling; by default
-    as Inductor's ``max_autotune``.
+    next ones read it best. `chain`: let convolutions that hand each other what they store be one call. `tune`: time ways to run
+    the forward convolutions whose sizes are fixed, while compiling; by default as Inductor's ``max_autotune``.
     """
 
     gradients: bool = True
     fold: bool = True
     layout: bool = True
+    chain: bool = True
     tune: bool = False
 
     @classmethod
@@ -92,7 +94,10 @@ class ConvolutionPass(CustomGraphPass):
             fold(graph, records)
         if self.options.layout:
             choose_layouts(graph, records)
-        yield from (records[node] for node in graph.nodes if node in records)
+        ordered = [node for node in graph.nodes if node in records]
+        if self.options.chain:
+            join_chains(graph, records)
+        yield from (records[node] for node in ordered)
         if self.options.gradients:
             yield from split_backward(graph, module_names)
 

@@ -8,10 +8,11 @@ without Triton's binding of arguments.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import prod
 from operator import mul
 
 import torch
@@ -94,6 +95,11 @@ class _Place:
     def value(self, addresses: list[int]) -> int:
         return addresses[self.tensor] + self.offset
 
+    def moved(self, places: Sequence[tuple[int, int]]) -> _Place:
+        """The same place where the tensors of a call are at these places of another."""
+        tensor, offset = places[self.tensor]
+        return replace(self, tensor=tensor, offset=self.offset + offset)
+
 
 @dataclass(frozen=True, slots=True)
 class _Described(_Place):
@@ -117,6 +123,9 @@ class _Places:
     def value(self, addresses: list[int]) -> tuple:
         return tuple([addresses[place.tensor] + place.offset for place in self.places])
 
+    def moved(self, places: Sequence[tuple[int, int]]) -> _Places:
+        return _Places(tuple(place.moved(places) for place in self.places))
+
 
 @dataclass(frozen=True, slots=True)
 class _Step:
@@ -127,16 +136,18 @@ class _Step:
     args: tuple
     places: tuple[tuple[int, _Place | _Places], ...]
 
-    def launch(self, addresses: list[int], stream: int, hooked: bool) -> None:
+    def on(self, addresses: list[int]) -> _Launch:
+        """The launch on these addresses."""
         args = list(self.args)
         for position, place in self.places:
             args[position] = place.value(addresses)
-        compiled = self.compiled
-        if hooked:
-            compiled[self.grid](*args, stream=stream)
-        else:
-            # a subscript asks the hooks at every launch, and what they are to be told
-            compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+        return self.compiled, self.grid, args
+
+    def moved(self, places: Sequence[tuple[int, int]]) -> _Step:
+        return replace(self, places=tuple((position, place.moved(places)) for position, place in self.places))
+
+
+_Launch = tuple[CompiledKernel, tuple[int, int, int], list]
 
 
 def _launches_are_hooked() -> bool:
@@ -153,6 +164,7 @@ class Recording:
         self._workspaces: list[tuple] = []
         self._steps: list[_Step] = []
         self._describes = False
+        self._last: tuple[list[int], list[_Launch]] = [], []
         # one tensor given twice need not be one in the next call
         given = [id(t) for t in tensors if t is not None]
         self.repeatable = len(set(given)) == len(given)
@@ -169,12 +181,41 @@ class Recording:
         """Launch again on tensors that have the shapes, strides, dtypes and alignment of the recorded ones."""
         spaces = [memory.uninitialised(*space) for space in self._workspaces]
         addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *spaces)]
+        known, launches = self._last
+        if addresses != known:
+            launches = [step.on(addresses) for step in self._steps]
+            # torch's allocator hands out the same memory to the same calls
+            self._last = addresses, launches
         stream = driver.active.get_current_stream(tensors[0].get_device())
         if self._describes:
             _make_context_current()
-        hooked = _launches_are_hooked()
-        for step in self._steps:
-            step.launch(addresses, stream, hooked)
+        if _launches_are_hooked():
+            for compiled, grid, args in launches:
+                compiled[grid](*args, stream=stream)
+            return
+        for compiled, grid, args in launches:
+            # a subscript asks the hooks at every launch, and what they are to be told
+            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+    @property
+    def workspace_bytes(self) -> list[int]:
+        """The sizes of what is allocated for the launches beside the tensors of the call."""
+        return [prod(shape) * dtype.itemsize for shape, _, dtype, _ in self._workspaces]
+
+    @classmethod
+    def joined(cls, parts: Iterable[tuple[Recording, Sequence[tuple[int, int]]]], space: int, device: torch.device) -> Recording:
+        """The launches of several recordings as one, which allocates its own workspace of `space` bytes.
+
+        With each comes where its tensors and workspaces are among the tensors of the whole, the workspace being the last: which
+        one, and how many bytes past its start.
+        """
+        whole = cls()
+        whole._workspaces = [((space,), (1,), torch.uint8, device)]
+        for recording, places in parts:
+            whole._steps += [step.moved(places) for step in recording._steps]
+            whole._describes |= recording._describes
+            whole.repeatable &= recording.repeatable
+        return whole
 
     def _note(self, kernel, compiled, grid, args, keywords) -> None:
         named = dict(zip(kernel.arg_names, args, strict=False)) | keywords

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_conv_triton import dispatch, execute, fused, gradients
+from torch_conv_triton import chain, dispatch, execute, fused, gradients
 from torch_conv_triton.bench.progress import track
 from torch_conv_triton.bench.worker import WorkerError
 from torch_conv_triton.configs import Device
@@ -96,6 +96,7 @@ def tune(
             execute.forget_plans()
             gradients.forget_plans()
             fused.forget_plans()
+            chain.forget_plans()
         yield outcome
 
 
