@@ -29,6 +29,7 @@ CALLS = {
     "input_grad": (ops.conv1d_input_grad.default, (Y, WEIGHT, 40)),
     "weight_grad": (ops.conv1d_weight_grad.default, (Y, X, 3)),
     "bias_grad": (ops.conv1d_bias_grad.default, (Y,)),
+    "weight_bias_grad": (ops.conv1d_weight_bias_grad.default, (Y, X, 3)),
     "conv1d_fused": (
         ops.conv1d_fused.default,
         (X, WEIGHT, BIAS, 1, [1, 1], 1, 1, False, "zeros", "add %0 a0; tanh %1; out %2 fp32 NCL; out %1 fp32 NCL", [X], False),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from torch_conv_triton import dispatch_gradients, gradients
+from torch_conv_triton.calls import Call
 from torch_conv_triton.configs import INTERPRETER
 from torch_conv_triton.configs_gradients import WeightGradConfig
 from torch_conv_triton.dispatch import Plan
@@ -34,6 +35,7 @@ MANY_POSITIONS = (
     Case("depthwise_short_and_many", 30, 4, 6, 4, 4, padding=3, groups=4),
     Case("dense_short_and_many", 50, 20, 6, 20, 3, padding=1),
 )
+SUMMED = [c for c in PLAIN if c.name in ("one_position", "K_above_L", "grouped_tiny", "channel_multiplier", "depthwise_middle")]
 # several tiles of `TILE` along every dimension
 TILES = Case("tiles", 2, 20, 75, 40, 3, padding=1)
 
@@ -60,6 +62,10 @@ def weight_grads(case: Case, x, grad_output):
     for plan in dispatch_gradients.weight_grad_candidates(problem, INTERPRETER):
         with poisoned_allocations():
             yield plan, gradients.weight_grad_with(plan, problem, grad_output, x)
+
+
+def with_bias(plan: Plan, **changes) -> Plan:
+    return replace(plan, config=replace(plan.config, with_bias=True, exchanged=False, **changes))
 
 
 def check(case: Case, dtype: torch.dtype, layout: str = "NCL", grad_layout: str = "NCL") -> set[str]:
@@ -171,6 +177,35 @@ def test_the_gradient_of_a_bias_is_the_sum_over_samples_and_positions(shape, lay
     assert dispatch_gradients.plan_bias_grad(grad_output, INTERPRETER).kernel == "bias_grad"
     assert_within_budget(first, grad_output.double().sum((0, 2)))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("case", "layout", "dtype"), in_turn([*SUMMED, *MANY_POSITIONS], DTYPES), ids=str)
+def test_the_gradient_of_a_bias_out_of_the_pass_for_the_weight_s(case, layout, dtype, splits):
+    x, weight, _ = make_inputs(case, dtype, layout)
+    grad_output = make_grad_output(case, dtype, layout)
+    _, expected = expected_gradients(case, x, weight, grad_output)
+    problem = dispatch_gradients.weight_grad_problem(grad_output, x, case.K, *geometry(case))
+    for plan in dispatch_gradients.weight_grad_candidates(problem, INTERPRETER):
+        call = Call(problem, with_bias(plan, splits=splits))
+        with poisoned_allocations():
+            first, second = (gradients.run_weight_bias_grad(call, grad_output, x) for _ in range(2))
+        assert_within_budget(first[0], expected, problem.precision)
+        assert_within_budget(first[1], grad_output.double().sum((0, 2)))
+        assert all(a.is_contiguous() and torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("config", [TILE, replace(TILE, BLOCK_C=64, tap_major=True, grad_left=False)], ids=str)
+def test_the_gradient_of_a_bias_out_of_any_tile(config, prefetch):
+    x, _, _ = make_inputs(TILES, torch.float32)
+    grad_output = make_grad_output(TILES, torch.float32)
+    problem = dispatch_gradients.weight_grad_problem(grad_output, x, TILES.K, *geometry(TILES))
+    for kernel in ("weight_grad", "weight_grad_rows"):
+        plan = with_bias(Plan(kernel, replace(config, prefetch=prefetch), "the test's"))
+        with poisoned_allocations():
+            _, bias = gradients.run_weight_bias_grad(Call(problem, plan), grad_output, x)
+        assert_within_budget(bias, grad_output.double().sum((0, 2)))
 
 
 @pytest.mark.parametrize("case", named("dense", "strided", "depthwise"), ids=str)

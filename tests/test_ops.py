@@ -68,6 +68,7 @@ def test_opcheck_gradients():
     x, weight, grad = torch.randn(2, 6, 17), torch.randn(4, 3, 5), torch.randn(2, 4, 8)
     opcheck(OPS.conv1d_input_grad.default, (grad.requires_grad_(), weight.requires_grad_(), 17, 2, 1, 1, 2))
     opcheck(OPS.conv1d_weight_grad.default, (grad, x.requires_grad_(), 5, 2, 1, 1, 2))
+    opcheck(OPS.conv1d_weight_bias_grad.default, (grad, x, 5, 2, 1, 1, 2))
 
 
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
@@ -86,20 +87,36 @@ def test_gradcheck_and_gradgradcheck_of_the_closed_set():
         "conv_transpose1d": (lambda x, w: OPS.conv_transpose1d(x, w, None, 2, 1, 1), (x, transposed_weight)),
         "conv1d_input_grad": (lambda g, w: OPS.conv1d_input_grad(g, w, 9, 2, 1, 2, 2), (grad, weight)),
         "conv1d_weight_grad": (lambda g, x: OPS.conv1d_weight_grad(g, x, 3, 2, 1, 2, 2), (grad, x)),
+        "conv1d_weight_bias_grad": (lambda g, x: OPS.conv1d_weight_bias_grad(g, x, 3, 2, 1, 2, 2), (grad, x)),
+        "the bias's alone": (lambda g, x: OPS.conv1d_weight_bias_grad(g, x, 3, 2, 1, 2, 2)[1], (grad, x.detach())),
     }
     for function, args in functions.values():
         assert torch.autograd.gradcheck(function, args)
         assert torch.autograd.gradgradcheck(function, args)
 
 
-def test_only_the_gradients_asked_for_are_computed(monkeypatch):
+@pytest.mark.parametrize(
+    ("wanted", "planned"),
+    {
+        "x": ["plan_input_grad"],
+        "w": ["plan_weight_grad"],
+        "b": ["plan_bias_grad"],
+        "wb": ["plan_weight_bias_grad"],
+        "xb": ["plan_input_grad", "plan_bias_grad"],
+    }.items(),
+    ids=str,
+)
+def test_only_the_gradients_asked_for_are_computed(monkeypatch, wanted, planned):
     asked = []
-    for name in ("plan_input_grad", "plan_weight_grad"):
+    for name in ("plan_input_grad", "plan_weight_grad", "plan_bias_grad", "plan_weight_bias_grad"):
         original = getattr(below, name)
         monkeypatch.setattr(below, name, lambda *a, name=name, plan=original: asked.append(name) or plan(*a))
-    x, weight = torch.randn(2, 4, 9), torch.randn(6, 4, 3, requires_grad=True)
-    OPS.conv1d(x, weight).sum().backward()
-    assert asked == ["plan_weight_grad"]
+    # a length of this test's own, as calls are remembered
+    tensors = {"x": torch.randn(2, 4, 23), "w": torch.randn(6, 4, 3), "b": torch.randn(6)}
+    for name in wanted:
+        tensors[name].requires_grad_()
+    OPS.conv1d(*tensors.values(), groups=1, padding=len(wanted + planned[0])).sum().backward()
+    assert asked == planned
 
 
 def test_transforms_differentiate_the_operator():
@@ -184,6 +201,7 @@ def every_operator(groups):
         OPS.conv_transpose1d: ([(2, 4, 9), (4, 6 // groups, 3), (6,)], (2, 1, 1, groups, 1)),
         OPS.conv1d_input_grad: ([(2, 6, 4), (6, 4 // groups, 3)], (9, 2, 1, 2, groups)),
         OPS.conv1d_weight_grad: ([(2, 6, 4), (2, 4, 9)], (3, 2, 1, 2, groups)),
+        OPS.conv1d_weight_bias_grad: ([(2, 6, 4), (2, 4, 9)], (3, 2, 1, 2, groups)),
     }
 
 
@@ -197,4 +215,9 @@ def test_vmap_over_any_tensors_is_a_loop(operator, groups):
             in_dims = tuple(0 if m else None for m in mapped)
             actual = torch.vmap(lambda *args: operator(*args, *geometry), in_dims)(*tensors)
             calls = ([t[i] if m else t for t, m in zip(tensors, mapped, strict=True)] for i in range(5))
-            torch.testing.assert_close(actual, torch.stack([operator(*args, *geometry) for args in calls]))
+            expected = [operator(*args, *geometry) for args in calls]
+            if isinstance(actual, tuple):
+                expected = tuple(map(torch.stack, zip(*expected, strict=True)))
+            else:
+                expected = torch.stack(expected)
+            torch.testing.assert_close(actual, expected)

@@ -130,11 +130,20 @@ def test_backward_is_split_into_the_gradients():
         after,
         """\
 v0: float32[2, 4, 16] = triton_conv.conv1d_input_grad.default(in2, in0, 16, [2], [1], [1], 1)
-v1: float32[6, 4, 3] = triton_conv.conv1d_weight_grad.default(in2, in1, 3, [2], [1], [1], 1)
-v2: float32[6] = aten.sum.dim_IntList(in2, [0, 2])
-return [v1, v2, v0]
+v1 = triton_conv.conv1d_weight_bias_grad.default(in2, in1, 3, [2], [1], [1], 1)
+v2: float32[6, 4, 3] = getitem(v1, 0)
+v3: float32[6] = getitem(v1, 1)
+return [v2, v3, v0]
 """,
     )
+
+
+def test_the_bias_s_gradient_is_a_sum_where_no_kernel_computes_it_with_the_weight_s():
+    x = torch.randn(2, 4, 16, requires_grad=True)
+    _, after = training_graphs(nn.ConvTranspose1d(4, 6, 4, stride=2, padding=1), x)
+    assert "conv1d_weight_grad.default(in1, in2" in after and "aten.sum.dim_IntList(in2, [0, 2])" in after
+    _, after = training_graphs(nn.Conv1d(4, 6, 3).double(), x.double())
+    assert "conv1d_weight_grad.default(in2, in1" in after and "aten.sum.dim_IntList(in2, [0, 2])" in after
 
 
 def test_gradients_of_a_transposed_convolution_are_a_convolution_and_a_weight_gradient():

@@ -29,7 +29,8 @@ class WeightGradConfig:
     are cut into, each a float32 copy of the gradient in the workspace unless there is one only. `grad_left` puts grad_output on
     the left of the product. `prefetch`: blocks are loaded ahead into registers instead of shared memory. `copy_to_nlc`: what
     of grad_output and x is not NLC is copied to NLC first, a workspace of their size. `exchanged`, at stride 1 only: x and
-    grad_output take each other's place, so BLOCK_O counts input channels and a column is an output channel at a tap.
+    grad_output take each other's place, so BLOCK_O counts input channels and a column is an output channel at a tap. `with_bias`:
+    grad_output is added up too, which is the gradient of the bias, with partial sums of its own in the workspace.
     """
 
     BLOCK_O: int
@@ -43,9 +44,14 @@ class WeightGradConfig:
     prefetch: bool = False
     copy_to_nlc: bool = False
     exchanged: bool = False
+    with_bias: bool = False
 
     def __str__(self) -> str:
-        flags = [name for name in ("tap_major", "grad_left", "prefetch", "copy_to_nlc", "exchanged") if getattr(self, name)]
+        flags = [
+            name
+            for name in ("tap_major", "grad_left", "prefetch", "copy_to_nlc", "exchanged", "with_bias")
+            if getattr(self, name)
+        ]
         blocks = f"{self.BLOCK_O}x{self.BLOCK_C}x{self.BLOCK_L}"
         return " ".join([blocks, f"w{self.num_warps}", f"s{self.num_stages}", f"{self.splits} splits", *flags])
 
@@ -230,6 +236,8 @@ def weight_grad_rows_config(problem: Conv1dProblem, device: Device) -> WeightGra
 
 def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: Conv1dProblem, device: Device) -> str | None:
     """Why this kernel cannot compute the weight gradient with this config, or should not, or None."""
+    if config.exchanged and config.with_bias:
+        return "what is added up is grad_output in its own place"
     if config.exchanged and (problem.stride > 1 or kernel != "weight_grad"):
         return "x and grad_output take each other's place at stride 1 only"
     partial, most = problem.C_out * problem.C_in_per_group * problem.K, 128
@@ -252,7 +260,7 @@ def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: C
             most = 64
     if accumulators > most * 32 * config.num_warps:
         return "it does not fit into the registers of a block"
-    if config.splits > 1 and config.splits * 4 * partial > workspace_bytes(problem):
+    if config.splits > 1 and config.splits * 4 * (partial + problem.C_out * config.with_bias) > workspace_bytes(problem):
         return "the partial sums do not fit into the workspace"
     if problem.N * problem.L_out > 4 * POSITIONS_PER_SPLIT * config.splits:
         return "an accumulator would sum too many positions"

@@ -6,7 +6,7 @@ gradient of the weight has kernels of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
@@ -134,6 +134,18 @@ def plan_input_grad(problem: Conv1dProblem, device: Device | None) -> Plan:
 def plan_weight_grad(problem: Conv1dProblem, device: Device | None) -> Plan:
     """The plan of a `weight_grad_problem` on this device. None stands for a device without kernels of ours."""
     return _plan(problem, device)
+
+
+@lru_cache(maxsize=4096)
+def plan_weight_bias_grad(problem: Conv1dProblem, device: Device | None) -> Plan:
+    """The plan of a `weight_grad_problem` where the gradient of the bias is wanted too.
+
+    Its config says `with_bias` where that comes out of the same pass, which is cheaper than one of its own; else it does not.
+    """
+    plan = plan_weight_grad(problem, device)
+    if plan.is_aten or plan.config.exchanged:
+        return plan
+    return replace(plan, config=replace(plan.config, with_bias=True))
 
 
 def _plan(problem: Conv1dProblem, device: Device | None) -> Plan:

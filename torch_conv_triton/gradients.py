@@ -15,6 +15,7 @@ from torch_conv_triton.dispatch_gradients import (
     input_grad_problem,
     plan_bias_grad,
     plan_input_grad,
+    plan_weight_bias_grad,
     plan_weight_grad,
     weight_grad_problem,
 )
@@ -22,6 +23,7 @@ from torch_conv_triton.problem import Conv1dProblem, check_arguments, current_pr
 
 _input_calls: dict[tuple, Call] = {}
 _weight_calls: dict[tuple, Call] = {}
+_weight_bias_calls: dict[tuple, Call] = {}
 _bias_calls: dict[tuple, Call] = {}
 
 
@@ -95,11 +97,37 @@ def run_weight_grad(call: Call, grad_output: Tensor, x: Tensor) -> Tensor:
     """Make a call of our kernels for a `weight_grad_problem`."""
     p = call.problem
     grad_weight = x.new_empty((p.C_out, p.C_in_per_group, p.K))
-    run(call, _launch, grad_output, x, grad_weight)
+    run(call, _launch, grad_output, x, grad_weight, None)
     return grad_weight
 
 
-def _launch(plan: Plan, p: Conv1dProblem, grad_output: Tensor, x: Tensor, grad_weight: Tensor) -> None:
+def weight_bias_grad(
+    grad_output: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int, dilation: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    """What `weight_grad` and `bias_grad` give, from one pass over grad_output where that is cheaper."""
+    geometry = stride, padding, dilation, groups
+    key = geometry, kernel_size, current_precision(x.dtype), signature(grad_output), signature(x)
+    call = _weight_bias_calls.get(key)
+    if call is None:
+        check_backward(grad_output, x, weight_like(grad_output, x, kernel_size, groups), *geometry)
+        problem = weight_grad_problem(grad_output, x, kernel_size, *geometry)
+        call = remember(_weight_bias_calls, key, Call(problem, plan_weight_bias_grad(problem, dispatch.device_for(x.device))))
+    if call.plan.is_aten:
+        return weight_grad_with(call.plan, call.problem, grad_output, x), bias_grad(grad_output)
+    return run_weight_bias_grad(call, grad_output, x)
+
+
+def run_weight_bias_grad(call: Call, grad_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Make a call of our kernels for a `weight_grad_problem` and the bias: in one pass if the plan says so."""
+    if not call.plan.config.with_bias:
+        return run_weight_grad(call, grad_output, x), bias_grad(grad_output)
+    p = call.problem
+    grad_weight, grad_bias = x.new_empty((p.C_out, p.C_in_per_group, p.K)), x.new_empty(p.C_out)
+    run(call, _launch, grad_output, x, grad_weight, grad_bias)
+    return grad_weight, grad_bias
+
+
+def _launch(plan: Plan, p: Conv1dProblem, grad_output: Tensor, x: Tensor, grad_weight: Tensor, grad_bias: Tensor | None) -> None:
     tf32 = p.precision == "tf32"
     config = plan.config
     if config.copy_to_nlc:
@@ -109,27 +137,29 @@ def _launch(plan: Plan, p: Conv1dProblem, grad_output: Tensor, x: Tensor, grad_w
     if plan.kernel == "weight_grad_depthwise":
         from torch_conv_triton.kernels.weight_grad_depthwise import conv1d_weight_grad_depthwise
 
-        conv1d_weight_grad_depthwise(grad_output, x, grad_weight, p.stride, p.padding, p.dilation, config)
+        conv1d_weight_grad_depthwise(grad_output, x, grad_weight, grad_bias, p.stride, p.padding, p.dilation, config)
     elif plan.kernel == "weight_grad_banded":
         from torch_conv_triton.kernels.weight_grad_banded import conv1d_weight_grad_banded
 
-        conv1d_weight_grad_banded(grad_output, x, grad_weight, p.padding, config)
+        conv1d_weight_grad_banded(grad_output, x, grad_weight, grad_bias, p.padding, config)
     elif plan.kernel == "weight_grad_rows":
         from torch_conv_triton.kernels.weight_grad_rows import conv1d_weight_grad_rows
 
-        conv1d_weight_grad_rows(grad_output, x, grad_weight, p.stride, p.padding, p.dilation, p.groups, config)
+        conv1d_weight_grad_rows(grad_output, x, grad_weight, grad_bias, p.stride, p.padding, p.dilation, p.groups, config)
     else:
         from torch_conv_triton.kernels.weight_grad import conv1d_weight_grad
 
-        conv1d_weight_grad(grad_output, x, grad_weight, p.stride, p.padding, p.dilation, p.groups, tf32, config)
+        conv1d_weight_grad(grad_output, x, grad_weight, grad_bias, p.stride, p.padding, p.dilation, p.groups, tf32, config)
 
 
 def forget_plans() -> None:
     """Plan every gradient anew, after the tables have changed."""
     plan_input_grad.cache_clear()
     plan_weight_grad.cache_clear()
+    plan_weight_bias_grad.cache_clear()
     _input_calls.clear()
     _weight_calls.clear()
+    _weight_bias_calls.clear()
 
 
 def bias_grad(grad_output: Tensor) -> Tensor:

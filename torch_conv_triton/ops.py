@@ -1,8 +1,9 @@
 """The operators ``triton_conv::*``: schemas and what PyTorch asks of them (fake tensors, autograd, autocast, vmap).
 
 The operators are closed under differentiation, so double backward and compiled backward graphs use them too: ``conv1d``,
-``conv_transpose1d``, ``conv1d_input_grad``, ``conv1d_weight_grad``, ``conv1d_bias_grad``. Every output is contiguous. How a
-convolution is computed is decided below, in `execute` and `gradients`.
+``conv_transpose1d``, ``conv1d_input_grad``, ``conv1d_weight_grad``, ``conv1d_bias_grad``, and ``conv1d_weight_bias_grad`` which
+gives what the two before it give. Every output is contiguous. How a convolution is computed is decided below, in `execute` and
+`gradients`.
 """
 
 from __future__ import annotations
@@ -29,17 +30,20 @@ _ARGUMENTS = {
     "conv1d_input_grad": f"Tensor grad_output, Tensor weight, SymInt input_length, {_GEOMETRY}",
     "conv1d_weight_grad": f"Tensor grad_output, Tensor input, SymInt kernel_size, {_GEOMETRY}",
     "conv1d_bias_grad": "Tensor grad_output",
+    "conv1d_weight_bias_grad": f"Tensor grad_output, Tensor input, SymInt kernel_size, {_GEOMETRY}",
 }
 
 _library = torch.library.Library("triton_conv", "DEF")
 for _name, _arguments in _ARGUMENTS.items():
-    _library.define(f"{_name}({_arguments}) -> Tensor", tags=_TAGS)
+    _returned = "(Tensor, Tensor)" if _name == "conv1d_weight_bias_grad" else "Tensor"
+    _library.define(f"{_name}({_arguments}) -> {_returned}", tags=_TAGS)
 
 conv1d = torch.ops.triton_conv.conv1d.default
 conv_transpose1d = torch.ops.triton_conv.conv_transpose1d.default
 conv1d_input_grad = torch.ops.triton_conv.conv1d_input_grad.default
 conv1d_weight_grad = torch.ops.triton_conv.conv1d_weight_grad.default
 conv1d_bias_grad = torch.ops.triton_conv.conv1d_bias_grad.default
+conv1d_weight_bias_grad = torch.ops.triton_conv.conv1d_weight_bias_grad.default
 
 _aten = torch.ops.aten
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -110,6 +114,14 @@ def _conv1d_bias_grad_fake(grad_output):
     return grad_output.new_empty(grad_output.shape[1])
 
 
+def _conv1d_weight_bias_grad(grad_output, input, kernel_size, stride=1, padding=0, dilation=1, groups=1):
+    return gradients.weight_bias_grad(grad_output, input, kernel_size, *_geometry(stride, padding, dilation), groups)
+
+
+def _conv1d_weight_bias_grad_fake(grad_output, *args):
+    return _conv1d_weight_grad_fake(grad_output, *args), _conv1d_bias_grad_fake(grad_output)
+
+
 def _geometry(stride, padding, dilation):
     return single(stride, "stride"), single(padding, "padding"), single(dilation, "dilation")
 
@@ -122,6 +134,7 @@ for _name, _kernel, _fake in (
     ("conv1d_input_grad", _conv1d_input_grad, _conv1d_input_grad_fake),
     ("conv1d_weight_grad", _conv1d_weight_grad, _conv1d_weight_grad_fake),
     ("conv1d_bias_grad", gradients.bias_grad, _conv1d_bias_grad_fake),
+    ("conv1d_weight_bias_grad", _conv1d_weight_bias_grad, _conv1d_weight_bias_grad_fake),
 ):
     _library.impl(_name, _kernel, "CPU")
     _library.impl(_name, _kernel, "CUDA")
@@ -153,12 +166,13 @@ class Conv1d(torch.autograd.Function):
     def backward(ctx, grad):
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        return (
-            conv1d_input_grad(grad, weight, input.shape[2], *ctx.geometry) if needs_input else None,
-            conv1d_weight_grad(grad, input, weight.shape[2], *ctx.geometry) if needs_weight else None,
-            conv1d_bias_grad(grad) if needs_bias else None,
-            *(None,) * 4,
-        )
+        grad_input = conv1d_input_grad(grad, weight, input.shape[2], *ctx.geometry) if needs_input else None
+        if needs_weight and needs_bias:
+            grad_weight, grad_bias = conv1d_weight_bias_grad(grad, input, weight.shape[2], *ctx.geometry)
+        else:
+            grad_weight = conv1d_weight_grad(grad, input, weight.shape[2], *ctx.geometry) if needs_weight else None
+            grad_bias = conv1d_bias_grad(grad) if needs_bias else None
+        return grad_input, grad_weight, grad_bias, *(None,) * 4
 
 
 class ConvTranspose1d(torch.autograd.Function):
@@ -245,6 +259,27 @@ class Conv1dBiasGrad(torch.autograd.Function):
         return grad[:, None].expand(ctx.sizes)
 
 
+class Conv1dWeightBiasGrad(torch.autograd.Function):
+    """Differentiable `conv1d_weight_bias_grad`; takes all arguments by position."""
+
+    @staticmethod
+    def forward(ctx, grad_output, input, kernel_size, stride, padding, dilation, groups):
+        ctx.save_for_backward(grad_output, input)
+        ctx.geometry = stride, padding, dilation, groups
+        with _below_autograd():
+            return conv1d_weight_bias_grad(grad_output, input, kernel_size, stride, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx, grad_weight, grad_bias):
+        grad_output, input = ctx.saved_tensors
+        with _autocast_excluded():
+            return (
+                conv1d(input, grad_weight, grad_bias, *ctx.geometry) if ctx.needs_input_grad[0] else None,
+                conv1d_input_grad(grad_output, grad_weight, input.shape[2], *ctx.geometry) if ctx.needs_input_grad[1] else None,
+                *(None,) * 5,
+            )
+
+
 def is_unwatched(*tensors: Tensor | None) -> bool:
     """Whether nothing asks to see an operator called on these tensors: no autograd, subclass, mode, tracer or profiler."""
     for tensor in tensors:
@@ -307,11 +342,20 @@ def _conv1d_bias_grad_autograd(grad_output):
     return differentiable(Conv1dBiasGrad, conv1d_bias_grad, lambda grad_output: grad_output.sum((0, 2)), grad_output)
 
 
+def _conv1d_weight_bias_grad_autograd(grad_output, input, kernel_size, stride=1, padding=0, dilation=1, groups=1):
+    def composite(grad_output, *args):
+        return _conv1d_weight_grad(grad_output, *args, compute=gradients.aten_weight_grad), grad_output.sum((0, 2))
+
+    args = grad_output, input, kernel_size, stride, padding, dilation, groups
+    return differentiable(Conv1dWeightBiasGrad, conv1d_weight_bias_grad, composite, *args)
+
+
 _library.impl("conv1d", _conv1d_autograd, "Autograd")
 _library.impl("conv_transpose1d", _conv_transpose1d_autograd, "Autograd")
 _library.impl("conv1d_input_grad", _conv1d_input_grad_autograd, "Autograd")
 _library.impl("conv1d_weight_grad", _conv1d_weight_grad_autograd, "Autograd")
 _library.impl("conv1d_bias_grad", _conv1d_bias_grad_autograd, "Autograd")
+_library.impl("conv1d_weight_bias_grad", _conv1d_weight_bias_grad_autograd, "Autograd")
 
 
 # autocast: the casts of aten's convolutions, to the dtype in force; float64 stays as it is
@@ -335,5 +379,12 @@ for _op in (conv1d, conv_transpose1d):
     _library.impl(_name, _autocast(_op, "cpu"), "AutocastCPU")
     _library.impl(_name, _autocast(_op, "cuda"), "AutocastCUDA")
 
-for _rule in (vmap.conv1d, vmap.conv_transpose1d, vmap.conv1d_input_grad, vmap.conv1d_weight_grad, vmap.conv1d_bias_grad):
+for _rule in (
+    vmap.conv1d,
+    vmap.conv_transpose1d,
+    vmap.conv1d_input_grad,
+    vmap.conv1d_weight_grad,
+    vmap.conv1d_bias_grad,
+    vmap.conv1d_weight_bias_grad,
+):
     torch.library.register_vmap(f"triton_conv::{_rule.__name__}", _rule, lib=_library)

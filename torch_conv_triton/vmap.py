@@ -50,6 +50,12 @@ def conv1d_bias_grad(info, in_dims, grad_output):
     return _unfold(_ops.conv1d_bias_grad.default(_fold(grad_output, in_dims[0], info.batch_size, 1)), info.batch_size, 0)
 
 
+def conv1d_weight_bias_grad(info, in_dims, grad_output, input, kernel_size, stride=1, padding=0, dilation=1, groups=1):
+    weight = conv1d_weight_grad(info, in_dims, grad_output, input, kernel_size, stride, padding, dilation, groups)
+    bias = conv1d_bias_grad(info, in_dims, grad_output)
+    return tuple(zip(weight, bias, strict=True))
+
+
 def _convolution(
     run: Callable[..., Tensor],
     size: int,

@@ -102,12 +102,13 @@ def peak_mib(contestant: Contestant) -> float:
 
 
 def gradient_plans(case: Case, tensors: Tensors, grad_output: Tensor) -> list[Plan]:
-    """The plans of the gradients of x and weight, in this order, that the case asks for."""
+    """The plans of the gradients of x and weight, in this order, that the case asks for; that of a bias may be the weight's."""
     device = dispatch.device_for(tensors[0].device)
+    with_bias = all(case.gradients[1:]) and not case.transposed
     planned = {
         "forward": dispatch.plan,
         "input_grad": dispatch_gradients.plan_input_grad,
-        "weight_grad": dispatch_gradients.plan_weight_grad,
+        "weight_grad": dispatch_gradients.plan_weight_bias_grad if with_bias else dispatch_gradients.plan_weight_grad,
     }
     return [planned[problem.kind](problem, device) for problem in case.gradient_problems(tensors, grad_output)]
 

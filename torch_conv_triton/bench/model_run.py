@@ -305,7 +305,7 @@ def _first_call(call: Callable[[], list[Tensor]], expected: list[Tensor]) -> tup
 
 @contextlib.contextmanager
 def _compiled_afresh() -> Iterator[None]:
-    """Take no graph from the caches of earlier runs: ours is not in them (see `RecordingBackend`), and first calls are compared."""
+    """Take no graph from the caches of earlier runs: ours (see `RecordingBackend`) is in none, and first calls are compared."""
     import torch._functorch.config
     import torch._inductor.config
 

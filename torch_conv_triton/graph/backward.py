@@ -1,4 +1,5 @@
-"""Splits `aten.convolution_backward` over one dimension into one operator of ours for each gradient that is used.
+"""Splits `aten.convolution_backward` over one dimension into operators of ours: one for each gradient that is used, and one for
+those of weight and bias together where a kernel computes them so.
 
 Inductor's own lowering of `aten.convolution_backward` fixes the sequence length, so every new length would compile again;
 our operators take the length as it comes. That holds where aten computes the gradient, so no dtype is left out.
@@ -8,13 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import getitem
 
 import torch
 from torch.fx import Graph, Node
 
 from torch_conv_triton import dispatch
 from torch_conv_triton.dispatch import Plan
-from torch_conv_triton.dispatch_gradients import input_grad_problem, plan_input_grad, plan_weight_grad, weight_grad_problem
+from torch_conv_triton.dispatch_gradients import (
+    WeightGradProblem,
+    input_grad_problem,
+    plan_input_grad,
+    plan_weight_bias_grad,
+    plan_weight_grad,
+    weight_grad_problem,
+)
 from torch_conv_triton.graph.convolution import (
     Convolution,
     aten,
@@ -32,7 +41,7 @@ from torch_conv_triton.problem import Conv1dProblem
 ops = torch.ops.triton_conv
 
 KINDS = ("input_grad", "weight_grad")
-BIAS = 2
+WEIGHT, BIAS = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +97,21 @@ def _reason_to_keep(backward: Backward) -> str | None:
 
 def _split(graph: Graph, backward: Backward) -> dict[int, Plan]:
     build: tuple[Callable[[Graph, Backward], tuple[Node, Plan]], ...] = (_input_grad, _weight_grad, _bias_grad)
-    plans = {}
+    built: dict[int, tuple[Node, Plan]] = {}
+    with graph.inserting_before(backward.conv.node):
+        for index in backward.gradients:
+            if index == WEIGHT:
+                built |= _weight_and_bias_grad(graph, backward)
+            if index not in built:
+                built[index] = build[index](graph, backward)
     for index, readers in backward.gradients.items():
-        with graph.inserting_before(backward.conv.node):
-            new, plans[index] = build[index](graph, backward)
+        new, _ = built[index]
         new.meta.update(readers[0].meta)
         for reader in readers:
             reader.replace_all_uses_with(new)
             graph.erase_node(reader)
     graph.erase_node(backward.conv.node)
-    return plans
+    return {index: plan for index, (_, plan) in built.items()}
 
 
 def _input_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
@@ -122,12 +136,30 @@ def _input_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
 
 
 def _weight_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
+    arguments, problem = _weight_grad_call(graph, backward)
+    return graph.call_function(ops.conv1d_weight_grad.default, arguments), plan_weight_grad(problem, backward.conv.device)
+
+
+def _weight_and_bias_grad(graph: Graph, backward: Backward) -> dict[int, tuple[Node, Plan]]:
+    """Both, where a pass over grad_output gives both; else none."""
+    if not {WEIGHT, BIAS} <= backward.gradients.keys() or backward.conv.transposed:
+        return {}
+    arguments, problem = _weight_grad_call(graph, backward)
+    plan = plan_weight_bias_grad(problem, backward.conv.device)
+    if plan.is_aten or not plan.config.with_bias:
+        return {}
+    pair = graph.call_function(ops.conv1d_weight_bias_grad.default, arguments)
+    pair.meta.update(backward.conv.node.meta)
+    pair.meta["val"] = tuple(value(backward.gradients[index][0]) for index in (WEIGHT, BIAS))
+    return {index: (graph.call_function(getitem, (pair, place)), plan) for place, index in enumerate((WEIGHT, BIAS))}
+
+
+def _weight_grad_call(graph: Graph, backward: Backward) -> tuple[tuple, WeightGradProblem]:
     conv = backward.conv
     pair = (conv.input, backward.grad_output) if conv.transposed else (backward.grad_output, conv.input)
-    arguments = (*pair, _size(graph, conv.weight, 2), *_geometry(conv))
     sizes = *(stand_in(value(node)) for node in pair), hint(value(conv.weight).shape[2])
-    plan = plan_weight_grad(weight_grad_problem(*sizes, conv.stride, conv.padding, conv.dilation, conv.groups), conv.device)
-    return graph.call_function(ops.conv1d_weight_grad.default, arguments), plan
+    problem = weight_grad_problem(*sizes, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return (*pair, _size(graph, conv.weight, 2), *_geometry(conv)), problem
 
 
 def _bias_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:

@@ -32,8 +32,9 @@ def blocks_of(N: int, L_out: int, block: int) -> tuple[bool, int, int]:
     return flatten, per_sample, triton.cdiv(N * L_out, block) if flatten else N * per_sample
 
 
-@triton.jit(do_not_specialize=["splits"])
-def sum_partials_kernel(
+@triton.jit
+def store_sums(
+    tile,
     partials_ptr,  # (splits, split_size)
     out_ptr,  # (numel,)
     numel,
@@ -46,7 +47,7 @@ def sum_partials_kernel(
     BLOCK: tl.constexpr,
 ):
     """Output e = (channel, k) is the sum over splits of its terms: element e, or a diagonal of rows of TERMS from row k on."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    e = tile * BLOCK + tl.arange(0, BLOCK)
     if TERMS == 1:
         start = e
     else:
@@ -60,25 +61,65 @@ def sum_partials_kernel(
     tl.store(out_ptr + e, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=e < numel)
 
 
-def sum_partials(partials: Tensor, out: Tensor, terms: int = 1) -> None:
+@triton.jit(do_not_specialize=["splits", "bias_splits", "tiles"])
+def sum_partials_kernel(
+    partials_ptr,
+    out_ptr,
+    numel,
+    splits,
+    split_size,
+    channel_size,
+    bias_partials_ptr,  # (bias_splits, bias_numel)
+    bias_ptr,  # (bias_numel,)
+    bias_numel,
+    bias_splits,
+    tiles,  # of `out`; those after them are of the bias
+    K: tl.constexpr,
+    TERMS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    if HAS_BIAS:
+        if tile < tiles:
+            store_sums(tile, partials_ptr, out_ptr, numel, splits, split_size, channel_size, K, TERMS, BLOCK_S, BLOCK)
+        else:
+            store_sums(tile - tiles, bias_partials_ptr, bias_ptr, bias_numel, bias_splits, bias_numel, 1, 1, 1, BLOCK_S, BLOCK)
+    else:
+        store_sums(tile, partials_ptr, out_ptr, numel, splits, split_size, channel_size, K, TERMS, BLOCK_S, BLOCK)
+
+
+def sum_partials(
+    partials: Tensor, out: Tensor, terms: int = 1, bias_partials: Tensor | None = None, grad_bias: Tensor | None = None
+) -> None:
     """Write the sum of partials ``(splits, ...)`` into the contiguous out ``(C_out, C_in / groups, K)``, in one fixed order.
 
-    With `terms` above 1 a partial sum is ``(C_out, rows, terms)``, and tap k the sum of a diagonal: row k + i, column i.
+    With `terms` above 1 a partial sum is ``(C_out, rows, terms)``, and tap k the sum of a diagonal: row k + i, column i. The same
+    launch writes the sum of bias_partials ``(bias_splits, C_out)``, if there are any, into grad_bias ``(C_out,)``.
     """
     block = 128 if out.numel() >= 32768 else min(32, triton.next_power_of_2(out.numel()))
     # few outputs leave room to have more of their terms under way
     block_s = max(32, min(4096 // block, triton.next_power_of_2(partials.shape[0] * terms)))
+    has_bias = bias_partials is not None
+    tiles = triton.cdiv(out.numel(), block)
     launch(
         sum_partials_kernel,
-        (triton.cdiv(out.numel(), block),),
+        (tiles + (triton.cdiv(grad_bias.numel(), block) if has_bias else 0),),
         partials,
         out,
         out.numel(),
         partials.shape[0],
         partials[0].numel(),
         partials[0, 0].numel(),
+        bias_partials if has_bias else partials,
+        grad_bias if has_bias else out,
+        grad_bias.numel() if has_bias else 0,
+        bias_partials.shape[0] if has_bias else 0,
+        tiles,
         K=out.shape[2],
         TERMS=terms,
+        HAS_BIAS=has_bias,
         BLOCK_S=block_s,
         BLOCK=block,
     )

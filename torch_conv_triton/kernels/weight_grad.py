@@ -109,11 +109,20 @@ def add_product(dy, x, acc, ROUND: tl.constexpr, GRAD_LEFT: tl.constexpr, PRECIS
     return dot_tile(tl.trans(x), dy, acc, GRAD_LEFT, PRECISION)
 
 
+@triton.jit
+def add_rows(dy, sums, tile_c):
+    # one of the tiles that read these rows is enough
+    if tile_c == 0:
+        sums += dy.to(tl.float32)
+    return sums
+
+
 @triton.jit(do_not_specialize=["N", "blocks", "blocks_per_sample", "blocks_per_split", "tiles_o", "tiles_c"])
 def conv1d_weight_grad_kernel(
     dy_ptr,  # (N, C_out, L_out), any strides
     x_ptr,  # (N, C_in, L_in), any strides
     out_ptr,  # (splits, C_out, C_in / groups, K) contiguous
+    bias_ptr,  # (splits, C_out) contiguous
     N,
     L_in,
     L_out,  # in units of VECTOR, as are the next two
@@ -135,6 +144,7 @@ def conv1d_weight_grad_kernel(
     GROUPS: tl.constexpr,
     C_IN: tl.constexpr,  # per group
     K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     TAP_MAJOR: tl.constexpr,
     FLATTEN: tl.constexpr,
     ROUND: tl.constexpr,
@@ -169,6 +179,7 @@ def conv1d_weight_grad_kernel(
         acc = tl.zeros((BLOCK_O, BLOCK_C), dtype=tl.float32)
     else:
         acc = tl.zeros((BLOCK_C, BLOCK_O), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_O, BLOCK_L), dtype=tl.float32)
 
     if PREFETCH:
         dy, x = load_operands(
@@ -178,6 +189,8 @@ def conv1d_weight_grad_kernel(
             next_dy, next_x = load_operands(
                 b + 1, last, grad, signal, lengths, geometry, rows, columns, C_IN, K, TAP_MAJOR, FLATTEN, INT64, BLOCK_L, BLOCK_C
             )
+            if HAS_BIAS:
+                sums = add_rows(dy, sums, tile_c)
             acc = add_product(dy, x, acc, ROUND, GRAD_LEFT, PRECISION)
             dy, x = next_dy, next_x
     else:
@@ -185,6 +198,8 @@ def conv1d_weight_grad_kernel(
             dy, x = load_operands(
                 b, last, grad, signal, lengths, geometry, rows, columns, C_IN, K, TAP_MAJOR, FLATTEN, INT64, BLOCK_L, BLOCK_C
             )
+            if HAS_BIAS:
+                sums = add_rows(dy, sums, tile_c)
             acc = add_product(dy, x, acc, ROUND, GRAD_LEFT, PRECISION)
 
     # the weight's own order, whatever the order of the columns
@@ -201,12 +216,16 @@ def conv1d_weight_grad_kernel(
         offsets = to_row[None, :] + to_column[:, None]
         mask = o_mask[None, :] & column_mask[:, None]
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    if HAS_BIAS:
+        bias_ptr += (split.to(tl.int64) * GROUPS + group) * C_OUT
+        tl.store(bias_ptr + o, tl.sum(sums, 1).to(bias_ptr.dtype.element_ty), mask=o_mask & (tile_c == 0))
 
 
 def conv1d_weight_grad(
     grad_output: Tensor,
     x: Tensor,
     grad_weight: Tensor,
+    grad_bias: Tensor | None,
     stride: int,
     padding: int,
     dilation: int,
@@ -214,10 +233,11 @@ def conv1d_weight_grad(
     tf32: bool,
     config,
 ) -> None:
-    """Write the gradient of a convolution's weight into the contiguous grad_weight ``(C_out, C_in / groups, K)``.
+    """Write the gradient of a convolution's weight into the contiguous grad_weight ``(C_out, C_in / groups, K)``, and that of its
+    bias into grad_bias ``(C_out,)`` if there is one.
 
     grad_output ``(N, C_out, L_out)`` and x ``(N, C_in, L_in)``, any strides. `config` is a `WeightGradConfig`; with more than one
-    split the workspace holds `splits` float32 copies of grad_weight.
+    split the workspace holds `splits` float32 copies of the gradients. There is no grad_bias where it is `exchanged`.
     """
     K = grad_weight.shape[2]
     if config.exchanged:
@@ -228,6 +248,7 @@ def conv1d_weight_grad(
     per_split = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, per_split)
     partials = partial_sums(grad_weight, splits)
+    bias_partials = None if grad_bias is None else partial_sums(grad_bias, splits)
     vector = gcd(L_out, *grad_output.stride()[:2], 16 // x.element_size()) if grad_output.stride(2) == 1 else 1
     tiles_o = triton.cdiv(C_out // groups, config.BLOCK_O)
     if config.tap_major and C_in >= config.BLOCK_C:
@@ -240,6 +261,7 @@ def conv1d_weight_grad(
         grad_output,
         x,
         partials,
+        partials if bias_partials is None else bias_partials,
         N,
         x.shape[2],
         L_out // vector,
@@ -259,6 +281,7 @@ def conv1d_weight_grad(
         GROUPS=groups,
         C_IN=C_in,
         K=K,
+        HAS_BIAS=grad_bias is not None,
         TAP_MAJOR=config.tap_major,
         FLATTEN=flatten,
         ROUND=tf32,
@@ -275,4 +298,4 @@ def conv1d_weight_grad(
         num_stages=config.num_stages,
     )
     if splits > 1:
-        sum_partials(partials, grad_weight)
+        sum_partials(partials, grad_weight, 1, bias_partials, grad_bias)

@@ -22,6 +22,7 @@ def conv1d_weight_grad_banded_kernel(
     dy_ptr,  # (N, C_out, L_out), any strides
     x_ptr,  # (N, C_in, L_in), any strides
     out_ptr,  # (splits, C_out, ROWS, R) contiguous
+    bias_ptr,  # (splits, C_out) contiguous
     N,
     L_in,
     L_out,
@@ -40,6 +41,7 @@ def conv1d_weight_grad_banded_kernel(
     MULTIPLIER: tl.constexpr,
     ROWS: tl.constexpr,  # K + R - 1
     SHIFT: tl.constexpr,  # what `padding` lacks to a multiple of R
+    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -59,6 +61,7 @@ def conv1d_weight_grad_banded_kernel(
     dy_channels = (widen(o, INT64) * stride_do)[:, None, None]
     x_channels = (widen(o // MULTIPLIER, INT64) * stride_xc)[:, None, None]
     acc = tl.zeros((BLOCK_O, WINDOW, R), tl.float32)
+    sums = tl.zeros((BLOCK_O, BLOCK_Q, R), tl.float32)
     for b in range(first, last):
         n = (b // blocks_per_sample).to(tl.int64)
         q = (widen(b % blocks_per_sample, INT64) * BLOCK_Q + tl.arange(0, BLOCK_Q)) * R
@@ -70,6 +73,8 @@ def conv1d_weight_grad_banded_kernel(
             mask=o_mask & (l_out < L_out)[None, :, :],
             other=0.0,
         )
+        if HAS_BIAS:
+            sums += dy.to(tl.float32)
         x_mask = (at >= 0) & (at < L_in) & (j < ROWS + SHIFT)[None, :]
         x = tl.load(
             x_ptr + n * stride_xn + (x_channels + (at * stride_xl)[None, :, :]), mask=o_mask & x_mask[None, :, :], other=0.0
@@ -83,13 +88,19 @@ def conv1d_weight_grad_banded_kernel(
     out_ptr += split.to(tl.int64) * C_OUT * ROWS * R
     offsets = (o * (ROWS * R))[:, None, None] + (row[:, None] * R + i[None, :])[None, :, :]
     tl.store(out_ptr + offsets, acc, mask=o_mask & ((row >= 0) & (row < ROWS))[None, :, None])
+    if HAS_BIAS:
+        tl.store(bias_ptr + split.to(tl.int64) * C_OUT + o, tl.sum(tl.sum(sums, 2), 1), mask=o < C_OUT)
 
 
-def conv1d_weight_grad_banded(grad_output: Tensor, x: Tensor, grad_weight: Tensor, padding: int, config) -> None:
-    """Write the gradient of a depthwise convolution's weight into the contiguous grad_weight ``(C_out, 1, K)``.
+def conv1d_weight_grad_banded(
+    grad_output: Tensor, x: Tensor, grad_weight: Tensor, grad_bias: Tensor | None, padding: int, config
+) -> None:
+    """Write the gradient of a depthwise convolution's weight into the contiguous grad_weight ``(C_out, 1, K)``, and that of its
+    bias into grad_bias ``(C_out,)`` if there is one.
 
     grad_output ``(N, C_out, L_out)`` and x ``(N, C_in, L_in)``, any strides; C_out is a multiple of C_in; stride and dilation
-    are 1. `config` is a `WeightGradConfig` whose BLOCK_C is R; the workspace holds splits x C_out x (K + R - 1) x R float32.
+    are 1. `config` is a `WeightGradConfig` whose BLOCK_C is R; the workspace holds splits x C_out x (K + R - 1) x R float32,
+    and one more a split and channel for the bias.
     """
     N, C_out, L_out = grad_output.shape
     K, R = grad_weight.shape[2], config.BLOCK_C
@@ -99,6 +110,7 @@ def conv1d_weight_grad_banded(grad_output: Tensor, x: Tensor, grad_weight: Tenso
     per_split = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, per_split)
     partials = workspace((splits, C_out, rows, R), torch.float32, x.device)
+    bias_partials = None if grad_bias is None else workspace((splits, C_out), torch.float32, x.device)
     tiles_o = triton.cdiv(C_out, config.BLOCK_O)
     launch(
         conv1d_weight_grad_banded_kernel,
@@ -106,6 +118,7 @@ def conv1d_weight_grad_banded(grad_output: Tensor, x: Tensor, grad_weight: Tenso
         grad_output,
         x,
         partials,
+        partials if bias_partials is None else bias_partials,
         N,
         x.shape[2],
         L_out,
@@ -120,6 +133,7 @@ def conv1d_weight_grad_banded(grad_output: Tensor, x: Tensor, grad_weight: Tenso
         MULTIPLIER=C_out // x.shape[1],
         ROWS=rows,
         SHIFT=shift,
+        HAS_BIAS=grad_bias is not None,
         # aten's depthwise gradients do not round to TF32 either
         PRECISION=dot_precision(x.dtype, tf32=False),
         INT64=needs_int64(x, grad_output),
@@ -130,4 +144,4 @@ def conv1d_weight_grad_banded(grad_output: Tensor, x: Tensor, grad_weight: Tenso
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    sum_partials(partials, grad_weight, R)
+    sum_partials(partials, grad_weight, R, bias_partials, grad_bias)

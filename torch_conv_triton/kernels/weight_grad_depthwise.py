@@ -20,6 +20,7 @@ def conv1d_weight_grad_depthwise_kernel(
     dy_ptr,  # (N, C_out, L_out), any strides
     x_ptr,  # (N, C_in, L_in), any strides
     out_ptr,  # (splits, C_out, 1, K) contiguous
+    bias_ptr,  # (splits, C_out) contiguous
     N,
     L_in,
     L_out,
@@ -40,6 +41,7 @@ def conv1d_weight_grad_depthwise_kernel(
     tiles_k,
     MULTIPLIER: tl.constexpr,
     K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     FLATTEN: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -58,6 +60,7 @@ def conv1d_weight_grad_depthwise_kernel(
     dy_channels = (widen(o, INT64) * stride_do)[None, None, :]
     x_channels = (widen(o // MULTIPLIER, INT64) * stride_xc)[None, None, :]
     acc = tl.zeros((BLOCK_K, BLOCK_L, BLOCK_O), tl.float32)
+    sums = tl.zeros((1, BLOCK_L, BLOCK_O), tl.float32)
     for b in range(first, last):
         n, l_out, row_mask = block_positions(b, last, N, L_out, blocks_per_sample, FLATTEN, INT64, BLOCK_L)
         if FLATTEN:
@@ -77,22 +80,38 @@ def conv1d_weight_grad_depthwise_kernel(
             x_rows + ((at * stride_xl)[:, :, None] + x_channels), mask=mask[:, :, None] & o_mask[None, None, :], other=0.0
         )
         acc += dy.to(tl.float32) * x.to(tl.float32)
+        if HAS_BIAS:
+            sums += dy.to(tl.float32)
     out_ptr += split.to(tl.int64) * C_OUT * K
     tl.store(
         out_ptr + (k[:, None] + o[None, :] * K),
         tl.sum(acc, 1).to(out_ptr.dtype.element_ty),
         mask=(k < K)[:, None] & o_mask[None, :],
     )
+    if HAS_BIAS:
+        bias = tl.sum(tl.sum(sums, 1), 0)
+        # one of those that read these rows
+        tl.store(
+            bias_ptr + split.to(tl.int64) * C_OUT + o, bias.to(bias_ptr.dtype.element_ty), mask=o_mask & (pid % tiles_k == 0)
+        )
 
 
 def conv1d_weight_grad_depthwise(
-    grad_output: Tensor, x: Tensor, grad_weight: Tensor, stride: int, padding: int, dilation: int, config
+    grad_output: Tensor,
+    x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    config,
 ) -> None:
-    """Write the gradient of a depthwise convolution's weight into the contiguous grad_weight ``(C_out, 1, K)``.
+    """Write the gradient of a depthwise convolution's weight into the contiguous grad_weight ``(C_out, 1, K)``, and that of its
+    bias into grad_bias ``(C_out,)`` if there is one.
 
     grad_output ``(N, C_out, L_out)`` and x ``(N, C_in, L_in)``, any strides; C_out is a multiple of C_in. `config` is a
     `WeightGradConfig` whose BLOCK_C counts taps; with more than one split the workspace holds `splits` float32 copies of
-    grad_weight.
+    the gradients.
     """
     N, C_out, L_out = grad_output.shape
     K = grad_weight.shape[2]
@@ -100,6 +119,7 @@ def conv1d_weight_grad_depthwise(
     per_split = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, per_split)
     partials = partial_sums(grad_weight, splits)
+    bias_partials = None if grad_bias is None else partial_sums(grad_bias, splits)
     tiles_o, tiles_k = triton.cdiv(C_out, config.BLOCK_O), triton.cdiv(K, config.BLOCK_C)
     launch(
         conv1d_weight_grad_depthwise_kernel,
@@ -107,6 +127,7 @@ def conv1d_weight_grad_depthwise(
         grad_output,
         x,
         partials,
+        partials if bias_partials is None else bias_partials,
         N,
         x.shape[2],
         L_out,
@@ -123,6 +144,7 @@ def conv1d_weight_grad_depthwise(
         tiles_k,
         MULTIPLIER=C_out // x.shape[1],
         K=K,
+        HAS_BIAS=grad_bias is not None,
         FLATTEN=flatten,
         INT64=needs_int64(x, grad_output),
         BLOCK_K=config.BLOCK_C,
@@ -131,4 +153,4 @@ def conv1d_weight_grad_depthwise(
         num_warps=config.num_warps,
     )
     if splits > 1:
-        sum_partials(partials, grad_weight)
+        sum_partials(partials, grad_weight, 1, bias_partials, grad_bias)

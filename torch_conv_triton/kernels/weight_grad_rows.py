@@ -20,6 +20,7 @@ from torch_conv_triton.kernels.reduction import partial_sums, sum_partials
 def copy_to_rows_kernel(
     x_ptr,  # (N, C, L), any strides
     out_ptr,  # (C, PHASES, row), each sample taking `pitch` places of a row
+    sums_ptr,  # (tiles, C), what each program copies added up
     C,
     L,
     left,  # zeros before a sample
@@ -31,6 +32,7 @@ def copy_to_rows_kernel(
     stride_xl,
     tiles,
     PHASES: tl.constexpr,
+    SUMS: tl.constexpr,
     SHORT: tl.constexpr,  # a tile spans more than two samples
     INT64: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -55,23 +57,28 @@ def copy_to_rows_kernel(
     places = tl.arange(0, BLOCK)
     to = (widen(phase, INT64) * row)[None, :] + places[:, None]
     tl.store(out_ptr + to, round_tf32(x), mask=(start + places < row)[:, None] & is_phase)
+    if SUMS:
+        tl.store(sums_ptr + (pid % tiles).to(tl.int64) * C + c, tl.sum(tl.sum(x, 1), 0))
 
 
-def copy_to_rows(x: Tensor, phases: int, left: int, pitch: int, row: int) -> Tensor:
-    """x ``(N, C, L)`` of float32 as rows ``(C, phases, row)``, rounded to TF32.
+def copy_to_rows(x: Tensor, phases: int, left: int, pitch: int, row: int, summed: bool = False) -> tuple[Tensor, Tensor | None]:
+    """x ``(N, C, L)`` of float32 as rows ``(C, phases, row)``, rounded to TF32; and partial sums ``(parts, C)`` if `summed`.
 
     Place n * pitch + j of a row at a phase holds sample n at position j * phases + phase - left, zero where there is none.
+    What is summed has one phase.
     """
     N, C, L = x.shape
     out = workspace((C, phases, row), dtype=x.dtype, device=x.device)
     block_p = min(32, triton.next_power_of_2(phases))
     block = 1024 // block_p
     tiles = triton.cdiv(row, block)
+    sums = workspace((tiles, C), dtype=x.dtype, device=x.device) if summed else None
     launch(
         copy_to_rows_kernel,
         (tiles * C * triton.cdiv(phases, block_p),),
         x,
         out,
+        sums if summed else out,
         C,
         L,
         left,
@@ -81,13 +88,14 @@ def copy_to_rows(x: Tensor, phases: int, left: int, pitch: int, row: int) -> Ten
         *x.stride(),
         tiles,
         PHASES=phases,
+        SUMS=summed,
         SHORT=pitch < block,
         INT64=max(2 * x.stride(0), out.numel()) > OFFSET_LIMIT or needs_int64(x),
         BLOCK_P=block_p,
         BLOCK=block,
         num_warps=4,
     )
-    return out
+    return out, sums
 
 
 @triton.jit(do_not_specialize=["blocks", "blocks_per_split", "tiles_o", "tiles_c"])
@@ -160,13 +168,22 @@ def conv1d_weight_grad_rows_kernel(
 
 
 def conv1d_weight_grad_rows(
-    grad_output: Tensor, x: Tensor, grad_weight: Tensor, stride: int, padding: int, dilation: int, groups: int, config
+    grad_output: Tensor,
+    x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    config,
 ) -> None:
-    """Write the gradient of a convolution's weight into the contiguous grad_weight ``(C_out, C_in / groups, K)``, all float32.
+    """Write the gradient of a convolution's weight into the contiguous grad_weight ``(C_out, C_in / groups, K)``, and that of its
+    bias into grad_bias ``(C_out,)`` if there is one, all float32.
 
     grad_output ``(N, C_out, L_out)`` and x ``(N, C_in, L_in)``, any strides. `config` is a `WeightGradConfig`. The workspace
     holds a copy of grad_output and of the samples of x that have a gradient, and with more than one split `splits` float32 copies
-    of grad_weight.
+    of grad_weight; for the bias a sum for every 1024 places of a row.
     """
     N, C_out, L_out = grad_output.shape
     _, C_in, K = grad_weight.shape
@@ -176,8 +193,8 @@ def conv1d_weight_grad_rows(
     blocks = triton.cdiv(N * pitch, config.BLOCK_L)
     dy_row = blocks * config.BLOCK_L
     x_row = triton.cdiv(dy_row + reach, 16) * 16
-    dy_rows = copy_to_rows(grad_output, 1, 0, pitch, dy_row)
-    x_rows = copy_to_rows(x, stride, padding, pitch, x_row)
+    dy_rows, bias_partials = copy_to_rows(grad_output, 1, 0, pitch, dy_row, summed=grad_bias is not None)
+    x_rows, _ = copy_to_rows(x, stride, padding, pitch, x_row)
     per_split = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, per_split)
     partials = partial_sums(grad_weight, splits)
@@ -213,4 +230,6 @@ def conv1d_weight_grad_rows(
         num_stages=config.num_stages,
     )
     if splits > 1:
-        sum_partials(partials, grad_weight)
+        sum_partials(partials, grad_weight, 1, bias_partials, grad_bias)
+    elif grad_bias is not None:
+        sum_partials(bias_partials, grad_bias.view(C_out, 1, 1))
