@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from torch_conv_triton import dispatch
 from torch_conv_triton.configs import INTERPRETER, Device
+from torch_conv_triton.graph import chain
 from torch_conv_triton.graph.host_bound import REASON, waits_for_host
 from torch_conv_triton.graph.manager import ConvolutionPass
 from torch_conv_triton.graph.report import Recorder
@@ -60,6 +61,26 @@ def test_groups_take_aten_longer_than_the_host():
 def test_products_of_matrices_keep_the_gpu_busy_too():
     assert decisions(SHORT, SHORT, products=1) == 2 * [("kept", True)]
     assert decisions(SHORT, SHORT, products=2) == 2 * [("rewritten", False)]
+
+
+def test_a_chain_takes_the_host_no_longer_than_aten(monkeypatch):
+    monkeypatch.setattr(chain, "DEVICE_TYPES", ("meta",))
+    graph = Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    x.meta["val"], weight.meta["val"] = torch.empty(SHORT, device="meta"), torch.empty(64, 64, 3, device="meta")
+    node = x
+    for _ in range(2):
+        node = graph.call_function(aten.convolution.default, (node, weight, None, [1], [1], [1], False, [0], 1))
+        node.meta["val"] = torch.empty(SHORT, device="meta")
+    other = graph.call_function(aten.cumsum.default, (node, 2))
+    alone = graph.call_function(aten.convolution.default, (other, weight, None, [1], [1], [1], False, [0], 1))
+    other.meta["val"] = alone.meta["val"] = torch.empty(SHORT, device="meta")
+    graph.output([alone])
+    recorder = Recorder()
+    ConvolutionPass(recorder=recorder)(graph)
+    assert [record.decision for record in recorder.records] == ["rewritten", "rewritten", "kept"]
+    assert recorder.records[2].reason == REASON
+    assert sum(node.target is torch.ops.triton_conv.conv1d_chain.one for node in graph.nodes) == 1
 
 
 def test_a_cuda_graph_does_not_wait():

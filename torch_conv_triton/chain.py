@@ -54,7 +54,8 @@ class Chain:
     returned: tuple[int, ...]
 
     def __str__(self) -> str:
-        return json.dumps([self.tensors, self.steps, self.outputs, self.returned], separators=(",", ":"))
+        # Inductor's C++ wrapper does not escape double quotes
+        return json.dumps([self.tensors, self.steps, self.outputs, self.returned], separators=(",", ":")).replace('"', "'")
 
     def stored(self, step: int) -> range:
         """The numbers of the tensors that a step stores."""
@@ -84,7 +85,7 @@ def with_tensors(step: Arguments, tensors: Mapping[int, Tensor] | Sequence[Tenso
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Chain:
     """The chain that a text says. Raises ValueError for a step that reads what is not there yet."""
-    tensors, steps, outputs, returned = json.loads(text)
+    tensors, steps, outputs, returned = json.loads(text.replace("'", '"'))
     chain = Chain(tensors, tuple(Arguments(*step) for step in steps), tuple(outputs), tuple(returned))
     for i, step in enumerate(chain.steps):
         if not all(0 <= number < chain.stored(i).start for number in numbers(step)):

@@ -20,18 +20,22 @@ CHAINS = (ops.conv1d_chain.one, ops.conv1d_chain.default)
 DEVICE_TYPES = ("cuda",)
 
 
-def join_chains(graph: Graph, records: dict[Node, ConvRecord]) -> None:
+def join_chains(graph: Graph, records: dict[Node, ConvRecord]) -> list[Node]:
     """Join convolutions of ours that read what others of them store, or read the same, with nothing else between them.
 
-    Their records, whose nodes are gone then, tell.
+    Returns the nodes that were joined, which are no longer in the graph; their records tell.
     """
+    gone = []
     ours = (node for node in before_writes(graph) if node in records and node.target in (*CONVOLUTIONS, *FUSED))
     calls = {node: OperatorCall.of(node) for node in ours}
     for chain in _chains(graph, {node: call for node, call in calls.items() if _is_joinable(call)}):
-        _join(graph, {node: calls[node] for node in chain})
+        # what one reads another chain may have taken over
+        _join(graph, {node: OperatorCall.of(node) for node in chain})
         for node in chain:
             words = filter(None, [records[node].folded, f"in a chain of {len(chain)}"])
             records[node] = replace(records[node], folded=", ".join(words))
+        gone += chain
+    return gone
 
 
 def _is_joinable(call: OperatorCall) -> bool:

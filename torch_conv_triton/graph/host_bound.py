@@ -1,20 +1,18 @@
-"""Tells graphs that wait for the host: there an operator of ours costs more than its kernel gains.
+"""Tells graphs that wait for the host: there an operator of ours costs more than its kernel gains, but in a chain.
 
 Launching from Python, an operator of ours takes the host about 50 us, and aten's convolution with Inductor's kernel behind it
-about 40. A GPU that has more to do than that never notices. HiFi-GAN of one sample of 100 frames does: 0.9 ms of kernels, with
-torch.compile 1.4, but 4.2 ms from call to result, and with torch.compile 3.0.
+about 40. A GPU that has more to do than that never notices. In a chain a convolution takes the host a third of that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Sequence
 
-import torch
 from torch._inductor import config as inductor_config
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from torch_conv_triton.configs import Device
-from torch_conv_triton.graph.convolution import Convolution, aten
+from torch_conv_triton.graph.convolution import Convolution, aten, read
 from torch_conv_triton.problem import Conv1dProblem
 
 REASON = "the graph is so small that it waits for the host, and aten's launches are the shorter"
@@ -31,7 +29,21 @@ OTHERS = (
 )
 
 
-def waits_for_host(graph: Graph, convolutions: Iterable[Convolution]) -> bool:
+def left_to_aten(graph: Graph, chained: Callable[[], Collection[Node]]) -> Collection[Node]:
+    """The 1-D convolutions of the graph that aten is left to compute, for the host's sake.
+
+    `chained` works out which ones would be in a chain; it is asked only where the graph waits.
+    """
+    convolutions = [
+        conv for node in graph.find_nodes(op="call_function", target=aten.convolution.default) if (conv := read(node))
+    ]
+    if not waits_for_host(graph, convolutions):
+        return ()
+    small = {conv.node for conv in convolutions if _is_small(conv.problem(), conv.device)}
+    return small.difference(chained()) if small else small
+
+
+def waits_for_host(graph: Graph, convolutions: Sequence[Convolution]) -> bool:
     """Whether the host takes longer to launch the graph's 1-D convolutions than a GPU takes to compute them.
 
     Not said of graphs with sizes that change, of CUDA graphs, which the host launches at once, nor where other operators are as
@@ -49,8 +61,8 @@ def waits_for_host(graph: Graph, convolutions: Iterable[Convolution]) -> bool:
     return sum(times) < HOST_US * len(times)
 
 
-def is_left_to_aten(problem: Conv1dProblem, device: Device) -> bool:
-    """Whether aten computes a convolution of a graph that waits for the host: one that neither of the two takes long for.
+def _is_small(problem: Conv1dProblem, device: Device) -> bool:
+    """Whether neither aten nor a kernel of ours takes long for a convolution.
 
     Groups take aten long, a channel each above all.
     """
@@ -63,5 +75,5 @@ def estimated_us(problem: Conv1dProblem, device: Device) -> float:
     return 8 + 3e3 * problem.floor_ms(4.3e12, flops) * 132 / device.sm_count
 
 
-def _has_two_dimensions(node: torch.fx.Node) -> bool:
+def _has_two_dimensions(node: Node) -> bool:
     return node.target is aten.convolution.default and len(node.args[3]) > 1

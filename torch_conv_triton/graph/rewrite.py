@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,25 +10,26 @@ from torch.fx import Graph, Node
 
 from torch_conv_triton import dispatch
 from torch_conv_triton.graph.convolution import Convolution, aten, is_contiguous, read, reason_to_keep, value
-from torch_conv_triton.graph.host_bound import REASON, is_left_to_aten, waits_for_host
+from torch_conv_triton.graph.host_bound import REASON
 from torch_conv_triton.graph.report import ConvRecord, module_of
 from torch_conv_triton.versus_aten import launch_bound
 
 
-def rewrite_convolutions(graph: Graph, module_names: Mapping[str, str]) -> dict[Node, ConvRecord]:
-    """Rewrite every 1-D convolution of the graph that our operators can stand in for.
+def rewrite_convolutions(
+    graph: Graph, module_names: Mapping[str, str], left_to_aten: Collection[Node] = ()
+) -> dict[Node, ConvRecord]:
+    """Rewrite every 1-D convolution of the graph that our operators can stand in for, but for those that are left to aten.
 
     Returns what happened to each, by the node that it is now. `module_names` gives the name of a module by its id, as `module_of`
     takes it.
     """
     records = {}
     nodes = [node for node in graph.find_nodes(op="call_function", target=aten.convolution.default) if read(node)]
-    waits = waits_for_host(graph, map(read, nodes))
     for node in nodes:
         # what it reads may have been rewritten by now
         conv = read(node)
         problem, plan, call = conv.problem(), conv.plan(), node
-        reason = _reason_to_keep(conv, waits)
+        reason = _reason_to_keep(conv) or (REASON if node in left_to_aten else None)
         if reason is None:
             # where aten is the faster without a bias, a separate addition fuses into the pointwise operators that follow, as
             # it does in Inductor; our kernels add a bias for nothing
@@ -45,15 +46,13 @@ def rewrite_convolutions(graph: Graph, module_names: Mapping[str, str]) -> dict[
     return records
 
 
-def _reason_to_keep(conv: Convolution, waits: bool) -> str | None:
+def _reason_to_keep(conv: Convolution) -> str | None:
     problem = conv.problem()
     reason = reason_to_keep(conv) or dispatch.refusal(problem)
     if reason is None and conv.device.compare_with_aten and conv.is_static and launch_bound(problem):
         # with sizes that change the operator decides at each call; here it would decide for aten each time, and only add to it
         plan = conv.plan()
         reason = plan.reason if plan.kernel == "aten" else None
-    if reason is None and waits and is_left_to_aten(problem, conv.device):
-        reason = REASON
     if reason is None and not is_contiguous(value(conv.node)):
         reason = f"the graph relies on an output with strides {tuple(value(conv.node).stride())}, ours is contiguous"
     return reason
