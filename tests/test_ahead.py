@@ -2,10 +2,12 @@
 
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from chain_cases import BLOCK, block_tensors
 from compiling import run_python
 from torch._inductor.async_compile import AsyncCompile
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,6 +40,10 @@ CALLS = {
         ops.conv1d_fused.one,
         (X, WEIGHT, None, 1, [1, 1], 1, 1, False, "reflect", "tanh %0; out %1 fp32 NCL", [], False),
     ),
+}
+CALLS |= {
+    "conv1d_chain": (ops.conv1d_chain.default, (block_tensors(), str(BLOCK))),
+    "conv1d_chain.one": (ops.conv1d_chain.one, (block_tensors(), str(replace(BLOCK, returned=(8,))))),
 }
 
 
