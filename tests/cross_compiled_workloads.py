@@ -41,6 +41,8 @@ class Workload:
     fused: bool = False
     # only so, on an input of TF32 values
     rounded: bool = False
+    # only with a gate of both halves of the channels, to which something was added for each sample, and with a residual
+    gated: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -93,6 +95,16 @@ WORKLOADS = (
 )
 
 
+WORKLOADS += (
+    Workload("gated_wavenet", (8, 192, 400), (384, 192, 5), FP32, padding=2, gated=True),
+    Workload("gated_wavenet_rounded", (8, 192, 6000), (384, 192, 5), FP32, padding=2, nlc=True, rounded=True, gated=True),
+    Workload("gated_dilated", (8, 64, 16000), (128, 64, 2), FP32, dilation=4, gated=True),
+    Workload("gated_conformer", (16, 1024, 375), (2048, 1024, 1), BF16, nlc=True, gated=True),
+    Workload("gated_conformer_channels_first", (16, 512, 375), (1024, 512, 1), BF16, gated=True),
+    Workload("gated_3_taps", (16, 512, 2000), (1024, 512, 3), BF16, nlc=True, gated=True),
+)
+
+
 H200 = Device("NVIDIA H200", 90, sm_count=132, shared_memory=SHARED_MEMORY[90])
 # what an AMD GPU has in common with the least of the NVIDIA ones: neither block copies nor much shared memory
 GFX942 = Device("gfx942", 80, sm_count=304, shared_memory=LOCAL_MEMORY_GFX942)
@@ -114,19 +126,25 @@ def compiled_kernels(workload: Workload, device: Device, capability: int | None)
     if workload.rounded:
         # what follows has a say in the tile
         plans += {dispatch.fused_plan(problem, device, beside) for beside in (False, True)}.difference(plans)
+    if workload.gated:
+        plans = [plan for plan in plans if plan.kernel in dispatch.HALVING]
     for plan in plans:
         if problem.is_depthwise and not plan.kernel.startswith("depthwise"):
             continue
-        if (workload.fused or workload.rounded) and plan.kernel in dispatch.FUSING and plan.kernel != "dense_persistent":
+        if (
+            (workload.fused or workload.rounded or workload.gated)
+            and plan.kernel in dispatch.FUSING
+            and plan.kernel != "dense_persistent"
+        ):
             with mock.patch.object(dispatch, "device_for", lambda _: device), compile_only(capability) as compiled:
-                _launch_fused(plan, problem, x, weight)
+                (_launch_gated if workload.gated else _launch_fused)(plan, problem, x, weight)
             rows.append(_row(plan, compiled))
-        if workload.rounded:
+        if workload.rounded or workload.gated:
             continue
         with mock.patch.object(dispatch, "device_for", lambda _: device), compile_only(capability) as compiled:
             execute.forward_with(plan, problem, x, weight, None)
         rows.append(_row(plan, compiled))
-    if workload.rounded:
+    if workload.rounded or workload.gated:
         return rows
     grad_output = torch.empty((N, problem.C_out, problem.L_out), dtype=workload.dtype, device="meta")
     if workload.nlc:
@@ -149,6 +167,17 @@ def _launch_fused(plan: dispatch.Plan, problem: Conv1dProblem, x: torch.Tensor, 
     activation = "sin %1; pow2 %2; add %1 %3" if problem.rounded else "mul %1 0.1; gt %1 0.0; where %3 %1 %2"
     text = f"ncl; add %0 a0; {activation}; out %4; out %1"
     execute.launch_kernel(plan, problem, x, weight, None, y, Fusion(text, (second, residual), rounded=problem.rounded))
+
+
+def _launch_gated(plan: dispatch.Plan, problem: Conv1dProblem, x: torch.Tensor, weight: torch.Tensor) -> None:
+    from torch_conv_triton.kernels.epilogue import Fusion
+
+    C = problem.C_out // 2
+    y, residual = (x.new_empty((problem.N, C, problem.L_out)) for _ in range(2))
+    condition = x.new_empty((problem.N, C, 1))
+    text = "nc nc ncl; halve; add %0 a0; add %1 a1; tanh %2; sigmoid %3; mul %4 %5; add %6 a2; out %7"
+    fusion = Fusion(text, (condition, condition, residual), rounded=problem.rounded)
+    execute.launch_kernel(plan, problem, x, weight, None, y, fusion)
 
 
 def _row(plan: dispatch.Plan, compiled: list[Compiled]) -> dict:

@@ -325,6 +325,28 @@ def test_resident_weights_leave_no_room_for_a_second_tile():
     assert dispatch.fused_plan(seed, H200, beside=True).kernel != "dense_persistent"
 
 
+GATES = [
+    problem((8, 192, 600), 384, 5, padding=2),
+    problem((8, 64, 16000), 128, 2, dilation=4),
+    problem((64, 64, 224280), 128, 3, stride=3, dilation=4, layout="NLC", dtype=torch.bfloat16),
+    rounded((8, 192, 6000), 384, 5, padding=2),
+    problem((16, 1024, 375), 2048, 1, layout="NLC", dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("found", GATES, ids=Conv1dProblem.describe)
+@pytest.mark.parametrize("beside", [False, True])
+def test_halves_of_the_channels_meet_in_kernels_whose_tiles_hold_both(found, beside):
+    plan = dispatch.fused_plan(found, H200, beside, halves=True)
+    assert plan.kernel in dispatch.HALVING and dispatch.plan_refusal(plan, found, H200) is None
+
+
+@pytest.mark.parametrize("changes", [{"groups": 2}, {"transposed": True}])
+def test_halves_of_grouped_and_of_transposed_convolutions_are_left_to_aten(changes):
+    found = dispatch.fused_plan(problem((2, 16, 100), 32, 3, **changes), INTERPRETER, halves=True)
+    assert found.is_aten and "halves of the channels" in found.reason
+
+
 @pytest.mark.parametrize("start, end, length", [(0, 2, 98), (3, -1, 98), (-2, 0, 94)])
 def test_padding_may_differ_at_the_ends(start, end, length):
     found = replace(problem((2, 16, 100), 16, 5, padding=start), padding_end=end)

@@ -57,6 +57,9 @@ def test_numbers_survive_the_text(number):
         ("out a0 fp32 NCL", "no value a0"),
         ("out %0 int8 NCL", "out <value>"),
         ("out %0 fp32 CNL", "out <value>"),
+        ("neg %0; halve; out %1 fp32 NCL", "halve comes first"),
+        ("halve %0; out %1 fp32 NCL", "halve comes first and has no arguments"),
+        ("mul %0 %1; halve; out %1 fp32 NCL", "%1 is not computed before"),
     ],
 )
 def test_what_is_no_program_is_refused(text, message):
@@ -86,6 +89,17 @@ def test_activations_and_residuals_are_what_torch_computes():
     first, second = run("sigmoid %0; mul %0 %1; out %2 fp32 NCL; out %0 fp16 NLC", y)
     torch.testing.assert_close(first, F.silu(y))
     assert torch.equal(second, y.half())
+
+
+def test_gates_are_computed_of_the_halves_of_the_channels():
+    torch.manual_seed(0)
+    y, residual = torch.randn(2, 6, 5), torch.randn(2, 3, 5)
+    (actual,) = run("halve; sigmoid %1; mul %0 %2; out %3 fp32 NCL", y)
+    torch.testing.assert_close(actual, F.glu(y, 1))
+    first, second = run("halve; tanh %0; sigmoid %1; mul %2 %3; add %4 a0; out %5 fp32 NLC; out %1 bf16 NCL", y, residual)
+    torch.testing.assert_close(first, y[:, :3].tanh() * y[:, 3:].sigmoid() + residual)
+    assert first.stride() == (15, 1, 3)
+    assert torch.equal(second, y[:, 3:].bfloat16())
 
 
 def test_minimum_and_maximum_keep_nan():

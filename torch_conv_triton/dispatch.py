@@ -58,6 +58,8 @@ FUSING = (
     "depthwise_vector",
     "depthwise_toeplitz",
 )
+# those of them whose tiles may hold the same channels of both halves of the output
+HALVING = ("dense", "dense_tma")
 # kernels that gather x, and so read it by any padding mode
 GATHERING = ("dense", "dense_persistent", "depthwise", "depthwise_sliding")
 
@@ -269,16 +271,21 @@ def candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan, ...]:
     return tuple(plans)
 
 
-def fused_plan(problem: Conv1dProblem, device: Device | None, beside: bool = False) -> Plan:
+def fused_plan(problem: Conv1dProblem, device: Device | None, beside: bool = False, halves: bool = False) -> Plan:
     """The plan that runs this problem with what follows it: that of the problem alone, where the kernel can.
 
-    `beside`: whether a tile of the output has tiles of operands or of a second output beside it.
+    `beside`: whether a tile of the output has tiles of operands or of a second output beside it. `halves`: whether what follows
+    is computed of both halves of the output channels.
     """
     # resident weights leave them no shared memory
     fusing = [kernel for kernel in FUSING if not (beside and kernel == "dense_persistent")]
     found = plan(problem, device)
     if found.is_aten:
         return found
+    if halves:
+        if problem.transposed or problem.groups > 1:
+            return aten("halves of the channels are computed together where all channels are one group")
+        fusing = HALVING
     if found.kernel not in fusing:
         found = next(candidate for candidate in reversed(candidates(problem, device)) if candidate.kernel in fusing)
     if not found.tuned and (problem.rounded or problem.dtype.itemsize == 2):

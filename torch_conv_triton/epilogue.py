@@ -4,6 +4,9 @@
 numbered: %0 is the convolution with its bias, instruction i makes %(i + 1). An argument is a value, an operand (a0, a1, ...: a
 tensor that broadcasts against the output ``(N, C_out, L_out)``) or a number. Comparisons make 1 or 0. The outputs come last, one
 or two, each rounded once.
+
+``halve; tanh %0; sigmoid %1; mul %2 %3; out %4 fp32 NCL`` is a gate over split channels. `halve` may come first, and cuts the
+convolution in two: %0 is then the first half of its channels and %1 the second. Operands and outputs have C_out / 2 channels.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ LAYOUTS = ("NCL", "NLC")
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value of the program: 0 is the convolution."""
+    """A value of the program: 0 is the convolution, or the first half of it."""
 
     index: int
 
@@ -46,13 +49,16 @@ Argument = Value | Operand | float
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One of `INSTRUCTIONS`, applied element by element."""
+    """One of `INSTRUCTIONS`, applied element by element; or `HALVE`."""
 
     name: str
     arguments: tuple[Argument, ...]
 
     def __str__(self) -> str:
         return " ".join([self.name, *map(str, self.arguments)])
+
+
+HALVE = Instruction("halve", ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,15 @@ class Program:
         """How many operands the program reads: one more than the last of them."""
         found = [a.index for i in self.instructions for a in i.arguments if isinstance(a, Operand)]
         return max(found, default=-1) + 1
+
+    @property
+    def halves(self) -> bool:
+        """Whether it is computed of the two halves of the convolution's channels."""
+        return self.instructions[:1] == (HALVE,)
+
+    def channels(self, C_out: int) -> int:
+        """Channels of the outputs, for a convolution of C_out."""
+        return C_out // 2 if self.halves else C_out
 
 
 @dataclass
@@ -158,6 +173,10 @@ def _parse_argument(word: str) -> Argument:
 
 
 def _check(instruction: Instruction, values: int) -> None:
+    if instruction.name == HALVE.name:
+        if instruction != HALVE or values > 1:
+            raise ValueError(f"{HALVE.name} comes first and has no arguments, but got '{instruction}' as instruction {values}")
+        return
     function = INSTRUCTIONS.get(instruction.name)
     if function is None:
         raise ValueError(f"there is no instruction '{instruction.name}'")
@@ -241,7 +260,7 @@ def evaluate(program: Program, y: Tensor, operands: Sequence[Tensor], tf32: bool
     nothing.
     """
     dtype = torch.promote_types(y.dtype, torch.float32)
-    values = [y.to(dtype)]
+    values = list(y.to(dtype).chunk(2, 1)) if program.halves else [y.to(dtype)]
 
     def tensor(argument: Argument) -> Tensor:
         if isinstance(argument, Value):
@@ -250,7 +269,7 @@ def evaluate(program: Program, y: Tensor, operands: Sequence[Tensor], tf32: bool
             return operands[argument.index].to(dtype)
         return torch.full((), argument, dtype=dtype, device=y.device)
 
-    for instruction in program.instructions:
+    for instruction in program.instructions[program.halves :]:
         arguments = map(tensor, instruction.arguments)
         if instruction.name == "tf32" and not tf32:
             values.append(*arguments)
@@ -263,6 +282,7 @@ def evaluate(program: Program, y: Tensor, operands: Sequence[Tensor], tf32: bool
 
 
 def allocate(program: Program, like: Tensor, shape: Sequence[int]) -> list[Tensor]:
-    """Uninitialised outputs of shape ``(N, C_out, L_out)`` on the device of `like`."""
-    _, C, L = shape
-    return [like.new_empty_strided(shape, output.strides(C, L), dtype=output.dtype) for output in program.outputs]
+    """Uninitialised outputs for a convolution of shape ``(N, C_out, L_out)``, on the device of `like`."""
+    N, C_out, L = shape
+    C = program.channels(C_out)
+    return [like.new_empty_strided((N, C, L), output.strides(C, L), dtype=output.dtype) for output in program.outputs]

@@ -17,7 +17,7 @@ from torch_conv_triton.kernels.common import (
     weight_matrix,
     widen,
 )
-from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, rows_of_weight, store_tile, sums_of_tile
 from torch_conv_triton.kernels.launch import launch
 
 
@@ -72,7 +72,7 @@ def conv1d_dense_fwd_kernel(
     x_rows = x_ptr + n * stride_xn
     if FLATTEN:
         x_rows = x_rows[:, None]
-    o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o = rows_of_weight(tile_n, C_OUT, EPILOGUE, BLOCK_N)
     x_rows += widen(group, INT64) * C_IN * stride_xc
     if PREFETCH_LINES:
         first = tile_m * BLOCK_M * stride - padding
@@ -106,13 +106,14 @@ def conv1d_dense_fwd_kernel(
         BLOCK_K,
         PADDING_MODE,
     )
+    sums = sums_of_tile(acc, EPILOGUE, WEIGHTS_LEFT)
     store_tile(
-        acc,
+        sums,
         n,
         l_out,
         row_mask,
         widen(group, INT64) * C_OUT,
-        tile_n * BLOCK_N,
+        tile_n * (BLOCK_N // len(sums)),
         C_OUT,
         b_ptr,
         y_ptr,
@@ -143,12 +144,13 @@ def conv1d_dense(
 ) -> None:
     """Write the convolution of x ``(N, C_in, L_in)`` with weight ``(C_out, C_in / groups, K)`` into y ``(N, C_out, L_out)``.
 
-    Any strides. `config` holds BLOCK_M, BLOCK_N, BLOCK_K, tap_major, merge_taps, weights_left, prefetch, num_warps, num_stages.
+    Any strides. If `fusion` halves the channels, y has C_out / 2 of them and there is one group.
+    `config` holds BLOCK_M, BLOCK_N, BLOCK_K, tap_major, merge_taps, weights_left, prefetch, num_warps, num_stages.
     `padding` is that before x; the length of y says what is after it.
     """
     N, _, L_in = x.shape
-    _, C_out, L_out = y.shape
-    _, C_in, K = weight.shape
+    L_out = y.shape[2]
+    C_out, C_in, K = weight.shape
     flatten = N > 1 and L_out < config.BLOCK_M and N * L_out <= OFFSET_LIMIT
     rows = N * L_out if flatten else L_out
     tiles_m, samples = triton.cdiv(rows, config.BLOCK_M), 1 if flatten else N

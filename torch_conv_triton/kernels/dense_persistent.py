@@ -118,7 +118,7 @@ def conv1d_dense_persistent_fwd_kernel(
                 x = round_tf32(x)
             acc = dot_tile(x, w_tiles[i], acc, WEIGHTS_LEFT, PRECISION)
         store_tile(
-            acc,
+            (acc,),
             sample,
             l_out,
             row_mask,

@@ -196,7 +196,7 @@ def conv1d_dense_runs_fwd_kernel(
                 BLOCK_K,
             )
             store_tile(
-                exact,
+                (exact,),
                 n,
                 l_out + i,
                 row_mask & (l_out + i < L_out),

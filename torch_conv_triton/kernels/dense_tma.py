@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, split_program, weight_matrix, widen
-from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, halves_channels, store_tile
 from torch_conv_triton.kernels.launch import descriptor, launch
 
 
@@ -20,7 +20,7 @@ from torch_conv_triton.kernels.launch import descriptor, launch
 @triton.jit(do_not_specialize=["dilation", "padding", "tiles_m", "tiles_n"])
 def conv1d_dense_tma_fwd_kernel(
     x_desc,  # (N, STRIDE, L_in / STRIDE, GROUPS * C_IN or fewer), block [1, 1, BLOCK_M, BLOCK_K]
-    w_desc,  # (C_out, K * C_IN), block [BLOCK_N, BLOCK_K]
+    w_desc,  # (C_out, K * C_IN), block [BLOCK_N, BLOCK_K], of half the channels if the program halves them
     b_ptr,  # (C_out,), or unused
     y_ptr,  # (N, C_out, L_out), any strides
     L_out,
@@ -53,10 +53,13 @@ def conv1d_dense_tma_fwd_kernel(
     CHUNKS: tl.constexpr = C_IN // BLOCK_K
     # padding rounded up to whole rows of the view keeps the division below on non-negative numbers
     padded_rows = (padding + STRIDE - 1) // STRIDE
+    HALVES: tl.constexpr = halves_channels(EPILOGUE)
+    COLUMNS: tl.constexpr = BLOCK_N // 2 if HALVES else BLOCK_N
     if WEIGHTS_LEFT:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        acc = tl.zeros((COLUMNS, BLOCK_M), dtype=tl.float32)
     else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
+    second = acc
     for i in range(0, K * CHUNKS):
         k = i // CHUNKS
         c = (i % CHUNKS) * BLOCK_K
@@ -64,19 +67,23 @@ def conv1d_dense_tma_fwd_kernel(
         row = tile_m * BLOCK_M + shift // STRIDE - padded_rows
         # only leading unit dimensions fold into the copy: any other reshape would go through registers
         x = x_desc.load([sample, shift % STRIDE, row, group * C_IN + c]).reshape(BLOCK_M, BLOCK_K)
-        w = w_desc.load([group * C_OUT + tile_n * BLOCK_N, k * C_IN + c])
+        w = w_desc.load([group * C_OUT + tile_n * COLUMNS, k * C_IN + c])
         if ROUND_X:
             x = round_tf32(x)
         acc = dot_tile(x, w, acc, WEIGHTS_LEFT, PRECISION)
+        if HALVES:
+            w = w_desc.load([C_OUT // 2 + tile_n * COLUMNS, k * C_IN + c])
+            second = dot_tile(x, w, second, WEIGHTS_LEFT, PRECISION)
 
     l_out = widen(tile_m, INT64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sums = (acc, second) if HALVES else (acc,)
     store_tile(
-        acc,
+        sums,
         sample.to(tl.int64),
         l_out,
         l_out < L_out,
         widen(group, INT64) * C_OUT,
-        tile_n * BLOCK_N,
+        tile_n * COLUMNS,
         C_OUT,
         b_ptr,
         y_ptr,
@@ -110,8 +117,8 @@ def conv1d_dense_tma(
     An x of whole blocks may have more channels than the weight.
     """
     N, C_total, L_in = x.shape
-    _, C_out, L_out = y.shape
-    _, C_in, K = weight.shape
+    L_out = y.shape[2]
+    C_out, C_in, K = weight.shape
     C_in = triton.cdiv(C_in, config.BLOCK_K) * config.BLOCK_K
     w, stride_wo, _ = weight_matrix(weight, tap_major=True, rounded=tf32, channels=C_in)
     stride_n, _, stride_l = x.stride()
@@ -121,7 +128,8 @@ def conv1d_dense_tma(
         [stride_n, stride_l, stride_l * stride, 1],
         [1, 1, config.BLOCK_M, config.BLOCK_K],
     )
-    w_desc = descriptor(w, [C_out, K * C_in], [stride_wo, 1], [config.BLOCK_N, config.BLOCK_K])
+    columns = config.BLOCK_N // 2 if halves_channels(fusion.epilogue) else config.BLOCK_N
+    w_desc = descriptor(w, [C_out, K * C_in], [stride_wo, 1], [columns, config.BLOCK_K])
     tiles_m = triton.cdiv(L_out, config.BLOCK_M)
     tiles_n = triton.cdiv(C_out // groups, config.BLOCK_N)
     launch(

@@ -86,7 +86,7 @@ def conv1d_depthwise_fwd_kernel(
             w = tl.load(w_rows + k * stride_wk, mask=o_mask, other=0.0)
             acc += x.to(tl.float32) * w.to(tl.float32)[None, :]
     store_tile(
-        acc,
+        (acc,),
         sample,
         l_out,
         row_mask,

@@ -94,7 +94,7 @@ def conv1d_depthwise_sliding_fwd_kernel(
             tile = tl.reshape(tl.permute(put_together(outputs), (1, 0, 2)), (BLOCK_N, BLOCK_M))
             l_out = start + tl.arange(0, BLOCK_M)
             store_tile(
-                tile,
+                (tile,),
                 sample,
                 l_out,
                 l_out < L_out,
@@ -118,7 +118,7 @@ def conv1d_depthwise_sliding_fwd_kernel(
                 l_out = first + t * dilation
                 tile = tl.reshape(outputs[t], (RUNS, BLOCK_N))
                 store_tile(
-                    tile,
+                    (tile,),
                     sample,
                     l_out,
                     l_out < L_out,

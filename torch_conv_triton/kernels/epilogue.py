@@ -72,6 +72,12 @@ def is_plain(EPILOGUE):
 
 
 @triton.constexpr_function
+def halves_channels(EPILOGUE):
+    """Whether the program is computed of two tiles: of the first half of the channels, and of the same ones of the second."""
+    return EPILOGUE.split("; ")[1] == "halve"
+
+
+@triton.constexpr_function
 def instructions(EPILOGUE):
     """How many instructions there are."""
     parts = EPILOGUE.split("; ")
@@ -95,10 +101,10 @@ def varies(EPILOGUE, operand, dimension):
 
 
 @triton.constexpr_function
-def is_large(EPILOGUE, SHAPE):
-    """Whether a tile and what is read or stored beside it do not fit the registers together."""
+def is_large(EPILOGUE, SHAPE, COUNT):
+    """Whether so many tiles of sums and what is read or stored beside them do not fit the registers together."""
     tiles = EPILOGUE.count("; out ") - 1 + sum("c" in kind and "l" in kind for kind in EPILOGUE.split("; ")[0].split())
-    return tiles > 0 and SHAPE[0] * SHAPE[1] >= 128 * 128
+    return tiles > 0 and COUNT * SHAPE[0] * SHAPE[1] >= 128 * 128
 
 
 @triton.constexpr_function
@@ -209,11 +215,12 @@ def apply_to_two(NAME: tl.constexpr, a, b):
 
 
 @triton.jit
-def run_program(y, read, EPILOGUE: tl.constexpr):
-    """All values of the program after its operands `read` (a tuple), the first of them y."""
+def run_program(sums, read, EPILOGUE: tl.constexpr):
+    """All values of the program after its operands `read`, the first of them `sums`; both are tuples."""
     OPERANDS: tl.constexpr = operands(EPILOGUE)
-    known = read + (y,)
-    for i in tl.static_range(instructions(EPILOGUE)):
+    known = read + sums
+    # the first instruction is what made two sums
+    for i in tl.static_range(1 if halves_channels(EPILOGUE) else 0, instructions(EPILOGUE)):
         a = resolve(known, word(EPILOGUE, i, 1), OPERANDS)
         if word(EPILOGUE, i, 2) == "":
             value = apply_to_one(word(EPILOGUE, i, 0), a)
@@ -291,7 +298,50 @@ def store_outputs(
 ):
     """Add the bias in float32, run the program, round once, store."""
     if HAS_BIAS:
-        acc += tl.load(b_ptr + first + o, mask=o_mask, other=0.0).to(tl.float32)
+        acc = add_bias(acc, b_ptr + first, o, o_mask)
+    store_values(
+        (acc,),
+        n,
+        at,
+        at_mask,
+        first,
+        o,
+        o_mask,
+        y_ptr,
+        stride_yn,
+        stride_yc,
+        stride_yl,
+        more,
+        more_strides,
+        EPILOGUE,
+        INT64,
+    )
+
+
+@triton.jit
+def add_bias(acc, b_ptr, o, o_mask):
+    return acc + tl.load(b_ptr + o, mask=o_mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_values(
+    sums,  # the first values of the program: a tile, or one of each half of the channels
+    n,
+    at,
+    at_mask,
+    first,
+    o,
+    o_mask,
+    y_ptr,
+    stride_yn,
+    stride_yc,
+    stride_yl,
+    more,
+    more_strides,
+    EPILOGUE: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """`store_outputs` of sums that have their bias."""
     OUTPUTS: tl.constexpr = outputs(EPILOGUE)
     read = ()
     for i in tl.static_range(operands(EPILOGUE)):
@@ -312,7 +362,7 @@ def store_outputs(
                 INT64,
             ),
         )
-    known = run_program(acc, read, EPILOGUE)
+    known = run_program(sums, read, EPILOGUE)
     for i in tl.static_range(OUTPUTS):
         value = resolve(known, word(EPILOGUE, instructions(EPILOGUE) + i, 1), operands(EPILOGUE))
         if i == 0:
@@ -338,13 +388,34 @@ def halves(acc, AXIS: tl.constexpr):
 
 
 @triton.jit
+def rows_of_weight(tile_n, C_OUT, EPILOGUE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The channels within the group of a tile, [BLOCK_N]: if the program halves them, some of the first half, then as many of
+    the second."""
+    j = tl.arange(0, BLOCK_N)
+    if halves_channels(EPILOGUE):
+        HALF: tl.constexpr = BLOCK_N // 2
+        return j // HALF * (C_OUT // 2) + (tile_n * HALF + j % HALF)
+    else:
+        return tile_n * BLOCK_N + j
+
+
+@triton.jit
+def sums_of_tile(acc, EPILOGUE: tl.constexpr, WEIGHTS_LEFT: tl.constexpr):
+    """The tile that was computed of `rows_of_weight`, as `store_tile` takes it."""
+    if halves_channels(EPILOGUE):
+        return halves(acc, 0 if WEIGHTS_LEFT else 1)
+    else:
+        return (acc,)
+
+
+@triton.jit
 def store_tile(
-    acc,  # [BLOCK_M, BLOCK_N], or with WEIGHTS_LEFT [BLOCK_N, BLOCK_M]
+    sums,  # a tile [BLOCK_M, BLOCK_N], with WEIGHTS_LEFT [BLOCK_N, BLOCK_M], or one of each half of the channels, in a tuple
     n,  # sample, int64: one, or one a row [BLOCK_M]
     at,  # [BLOCK_M] position in y of each row
     row_mask,  # [BLOCK_M]
     first,
-    o_start,  # channel within the group of the first column
+    o_start,  # channel within the group, or within each half, of the first column
     C_OUT,  # per group
     b_ptr,
     y_ptr,
@@ -358,25 +429,34 @@ def store_tile(
     WEIGHTS_LEFT: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """`store_outputs` of a tile whose rows are positions and whose columns are channels, or the reverse."""
+    """`store_outputs` of tiles whose rows are positions and whose columns are channels, or the reverse."""
     ROWS: tl.constexpr = 0 if WEIGHTS_LEFT else 1
     COLUMNS: tl.constexpr = 1 - ROWS
     if n.type.is_block():
         n = tl.expand_dims(n, ROWS)
-    pieces = (acc,)
-    if is_large(EPILOGUE, acc.shape):
-        pieces = halves(acc, ROWS)
-    for i in tl.static_range(len(pieces)):
-        o = o_start + i * pieces[i].shape[ROWS] + tl.arange(0, pieces[i].shape[ROWS])
-        store_outputs(
-            pieces[i],
+    channels = C_OUT // len(sums)
+    PIECES: tl.constexpr = 2 if is_large(EPILOGUE, sums[0].shape, len(sums)) else 1
+    COUNT: tl.constexpr = sums[0].shape[ROWS] // PIECES
+    for i in tl.static_range(PIECES):
+        o = o_start + i * COUNT + tl.arange(0, COUNT)
+        o_mask = tl.expand_dims(o < channels, COLUMNS)
+        o = tl.expand_dims(o, COLUMNS)
+        pieces = ()
+        for half in tl.static_range(len(sums)):
+            piece = sums[half]
+            if PIECES == 2:
+                piece = halves(piece, ROWS)[i]
+            if HAS_BIAS:
+                piece = add_bias(piece, b_ptr + first + half * channels, o, o_mask)
+            pieces = pieces + (piece,)
+        store_values(
+            pieces,
             n,
             tl.expand_dims(at, ROWS),
             tl.expand_dims(row_mask, ROWS),
             first,
-            tl.expand_dims(o, COLUMNS),
-            tl.expand_dims(o < C_OUT, COLUMNS),
-            b_ptr,
+            o,
+            o_mask,
             y_ptr,
             stride_yn,
             stride_yc,
@@ -384,6 +464,5 @@ def store_tile(
             more,
             more_strides,
             EPILOGUE,
-            HAS_BIAS,
             INT64,
         )

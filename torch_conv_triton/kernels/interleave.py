@@ -204,7 +204,7 @@ def store_interleaved(
             n, t, mask = output_positions(i // WIDTH, within, start, sample, N, L_ROWS, L_out, STRIDE, PADDING, FLATTEN)
             mask = mask & (i % GAP < SPACING) & (within < STRIDE)
         store_tile(
-            tile,
+            (tile,),
             n,
             t,
             mask,

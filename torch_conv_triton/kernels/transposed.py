@@ -150,7 +150,7 @@ def conv1d_transposed_fwd_kernel(
         BLOCK_K,
     )
     store_tile(
-        acc,
+        (acc,),
         sample,
         t,
         row_mask,
