@@ -48,7 +48,7 @@ def test_what_one_hands_the_next_is_a_chain():
     assert_expected_inline(
         captured(block, X),
         """\
-v0: float32[2, 6, 16] = triton_conv.conv1d_chain.one([in0, in1, in2, in3], [4,[[0,1,2,1,[1,1],1,1,false,'zeros','max %0 0.0; tf32 %1; out %0 fp32 NCL; out %2 fp32 NCL',[],false],[5,3,null,1,[1,1],1,1,false,'zeros','add %0 a0; out %1 fp32 NCL',[4],true]],[2,1],[6]])
+v0: float32[2, 6, 16] = triton_conv.conv1d_chain.one([in0, in1, in2, in3], [4,[[0,1,2,1,[1,1],1,1,false,'zeros','max %0 0.0; tf32 %1; out %0 fp32 NCL; out %2 fp32 NCL',[],false],[5,3,null,1,[1,1],1,1,false,'zeros','add %0 a0; out %1 fp32 NCL',[4],true]],[2,1],[6],[]])
 return [v0]
 """,  # noqa: E501
     )
@@ -58,7 +58,7 @@ def test_a_bare_convolution_joins():
     assert_expected_inline(
         captured(lambda x: F.conv1d(F.conv1d(x, W), SQUARE), X, **{"triton_conv.layout": False}),
         """\
-v0: float32[2, 6, 12] = triton_conv.conv1d_chain.one([in0, in1, in2], [3,[[0,1,null,1,[0,0],1,1,false,'zeros','out %0 fp32 NCL',[],false],[3,2,null,1,[0,0],1,1,false,'zeros','out %0 fp32 NCL',[],false]],[1,1],[4]])
+v0: float32[2, 6, 12] = triton_conv.conv1d_chain.one([in0, in1, in2], [3,[[0,1,null,1,[0,0],1,1,false,'zeros','out %0 fp32 NCL',[],false],[3,2,null,1,[0,0],1,1,false,'zeros','out %0 fp32 NCL',[],false]],[1,1],[4],[]])
 return [v0]
 """,  # noqa: E501
     )
@@ -171,6 +171,20 @@ def test_models(name, count):
 
 def test_the_option_leaves_every_call_alone():
     assert chains(captured(lambda x: F.conv1d(F.conv1d(x, W), SQUARE), X, **{"triton_conv.chain": False})) == 0
+
+
+@pytest.mark.parametrize("convolutions", [1, 2])
+def test_frozen_weights_are_constants(convolutions):
+    model = torch.nn.Sequential(*[torch.nn.Conv1d(4, 4, 3) for _ in range(convolutions)]).eval()
+    with torch._inductor.config.patch(freezing=True):
+        graph = captured(model, X)
+    constants = [[1, 2], [1, 2, 3, 4]][convolutions - 1]
+    assert chains(graph) == 1 and f",{constants}])".replace(" ", "") in graph
+
+
+def test_weights_that_are_given_are_no_constants():
+    model = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 3), torch.nn.Conv1d(4, 4, 3))
+    assert ",[]])" in captured(model, X)
 
 
 def test_explain_says_so(capsys):

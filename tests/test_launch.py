@@ -138,6 +138,22 @@ def test_recordings_are_joined():
     ]
 
 
+def test_what_constants_alone_fill_is_told_apart():
+    kernel = Kernel()
+    x, w, y = torch.empty(8), torch.empty(8), torch.empty(8)
+    with Recording(x, w, y) as recording:
+        packed, copied = workspace((16,), torch.float32, x.device), workspace((8,), torch.float32, x.device)
+        launch(kernel, (1,), w, packed, 5, packed[8:], BLOCK=64)
+        launch(kernel, (2,), x, copied, 5, copied, BLOCK=64)
+        launch(kernel, (3,), copied, packed, 5, y, BLOCK=64)
+    assert (recording.prepared({1}), recording.prepared({}), recording.prepared({0, 1})) == ({0}, set(), {0, 1})
+    before, after = recording.split({1})
+    before.repeat(x, w, y)
+    assert [grid[0] for grid, _, _ in kernel.compiled] == [1]
+    after.repeat(x, w, y)
+    assert [grid[0] for grid, _, _ in kernel.compiled] == [1, 2, 3]
+
+
 def test_what_cannot_be_repeated_cannot_be_joined():
     kernel = Kernel()
     x, y = torch.empty(8), torch.empty(8)

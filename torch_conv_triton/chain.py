@@ -7,6 +7,7 @@ HiFi-GAN's 78 convolutions that is all but the launches.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from torch_conv_triton import fused, memory
+from torch_conv_triton.arena import Block, arrange
 from torch_conv_triton.calls import remember, repeat, signature
 from torch_conv_triton.fused import Arguments, FusedCall
 from torch_conv_triton.problem import Strides, current_precision
@@ -33,10 +35,10 @@ for _name, _results in (("conv1d_chain", "Tensor[]"), ("conv1d_chain.one", "Tens
     )
 conv1d_chain = torch.ops.triton_conv.conv1d_chain.default
 
-# the bytes that every tensor of torch's allocator starts on
-_ALIGNMENT = 512
-
 _calls: dict[tuple, ChainCall] = {}
+# how many sizes of a chain keep what they prepared of its constants
+_MAX_PREPARED = 4
+_prepared: Counter[str] = Counter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +47,19 @@ class Chain:
 
     Tensors are numbered: first the `tensors` that the chain is given, then what the steps store, in order. A step is the
     arguments of the fused operator with numbers in place of tensors; `outputs` says how many tensors each stores, and `returned`
-    which ones the chain returns.
+    which ones the chain returns. The values of those in `constants` are the same in every call.
     """
 
     tensors: int
     steps: tuple[Arguments, ...]
     outputs: tuple[int, ...]
     returned: tuple[int, ...]
+    constants: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         # Inductor's C++ wrapper does not escape double quotes
-        return json.dumps([self.tensors, self.steps, self.outputs, self.returned], separators=(",", ":")).replace('"', "'")
+        parts = self.tensors, self.steps, self.outputs, self.returned, self.constants
+        return json.dumps(parts, separators=(",", ":")).replace('"', "'")
 
     def stored(self, step: int) -> range:
         """The numbers of the tensors that a step stores."""
@@ -85,13 +89,13 @@ def with_tensors(step: Arguments, tensors: Mapping[int, Tensor] | Sequence[Tenso
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Chain:
     """The chain that a text says. Raises ValueError for a step that reads what is not there yet."""
-    tensors, steps, outputs, returned = json.loads(text.replace("'", '"'))
-    chain = Chain(tensors, tuple(Arguments(*step) for step in steps), tuple(outputs), tuple(returned))
+    tensors, steps, *numbered = json.loads(text.replace("'", '"'))
+    chain = Chain(tensors, tuple(Arguments(*step) for step in steps), *map(tuple, numbered))
     for i, step in enumerate(chain.steps):
         if not all(0 <= number < chain.stored(i).start for number in numbers(step)):
             raise ValueError(f"step {i} of the chain reads a tensor that is not there yet: {step}")
-    if not all(0 <= number < tensors + sum(outputs) for number in returned):
-        raise ValueError(f"the chain returns a tensor that is not there: {returned}")
+    if not all(0 <= number < tensors + sum(chain.outputs) for number in chain.returned):
+        raise ValueError(f"the chain returns a tensor that is not there: {chain.returned}")
     return chain
 
 
@@ -103,17 +107,13 @@ def compute_conv1d_chain(tensors: Sequence[Tensor], steps: str) -> list[Tensor]:
         if len(tensors) != chain.tensors:
             raise ValueError(f"the chain takes {chain.tensors} tensors, but got {len(tensors)}")
         call = remember(_calls, key, ChainCall(chain))
-    if call.joined is None:
-        return call.compute(tensors)
-    device = tensors[0].device
-    outputs = [memory.uninitialised(*allocation, device) for allocation in call.allocations]
-    repeat(call.joined, *tensors, *outputs)
-    return outputs
+    return call.compute(tensors) if call.joined is None else call.repeat(tensors)
 
 
 def forget_plans() -> None:
     """Plan every chain anew, after the tables have changed."""
     _calls.clear()
+    _prepared.clear()
 
 
 @dataclass(slots=True)
@@ -121,13 +121,36 @@ class ChainCall:
     """A chain on tensors of certain shapes, strides, dtypes and alignment.
 
     The first time each step is a call of its own, and what no later one reads is freed. `joined`: after that, all launches as one
-    recording, on the chain's tensors and what it returns, if every step's can be repeated. `allocations`: shape, strides and
-    dtype of what it returns.
+    recording, on the chain's tensors, what it returns and what is `kept`, if every step's can be repeated. `allocations`: shape,
+    strides and dtype of what it returns. `kept`: workspaces that hold the same in every call, as packed weights that are
+    constant; `preparation` fills them, from constants at the addresses `prepared_from`, on the stream that comes first there.
     """
 
     chain: Chain
     joined: Recording | None = None
     allocations: list[tuple[tuple[int, int, int], Strides, torch.dtype]] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+    preparation: Recording | None = None
+    prepared_from: tuple[int, ...] = ()
+
+    def repeat(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What the chain returns, by all launches in one go."""
+        if self.kept and torch.cuda.is_current_stream_capturing():
+            # replays may outlive what is kept
+            return self.compute(tensors)
+        outputs = [memory.uninitialised(*allocation, tensors[0].device) for allocation in self.allocations]
+        if self.kept:
+            self._prepare(tensors, outputs)
+        repeat(self.joined, *tensors, *outputs, *self.kept)
+        return outputs
+
+    def _prepare(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        # what is filled on one stream is not yet there for another; filling it again changes nothing
+        stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
+        source = stream, *(tensors[number].data_ptr() for number in self.chain.constants)
+        if source != self.prepared_from:
+            repeat(self.preparation, *tensors, *outputs, *self.kept)
+            self.prepared_from = source
 
     def compute(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What the chain returns, step by step."""
@@ -142,7 +165,8 @@ class ChainCall:
         returned = [values[number] for number in chain.returned]
         # a bias that is not contiguous is copied at each call
         biases = (tensors[step.bias] for step in chain.steps if step.bias is not None)
-        if all(call.recording is not None for call in made) and all(bias.is_contiguous() for bias in biases):
+        repeatable = all(call.recording is not None for call in made) and all(bias.is_contiguous() for bias in biases)
+        if repeatable and self.joined is None:
             self._join(made, returned[0].device)
         return returned
 
@@ -163,69 +187,48 @@ class ChainCall:
             for i, call in enumerate(calls)
             for number, (strides, dtype) in zip(chain.stored(i), call.allocations, strict=True)
         }
-        places = {number: (number, 0) for number in range(chain.tensors)}
+        constant = self._constants(calls)
+        places: dict[object, tuple[int, int]] = {number: (number, 0) for number in range(chain.tensors)}
         places |= {number: (chain.tensors + i, 0) for i, number in enumerate(chain.returned)}
         # what only steps read, and the workspaces of their launches, share one workspace
-        space = chain.tensors + len(chain.returned)
-        blocks = {
-            number: Block(prod(stored[number][0]) * stored[number][2].itemsize, step, last[number])
-            for step in range(len(calls))
-            for number in chain.stored(step)
-            if number not in places
-        }
-        blocks |= {
-            (step, i): Block(size, step, step)
-            for step, call in enumerate(calls)
-            for i, size in enumerate(call.recording.workspace_bytes)
-        }
-        starts, size = arrange(list(blocks.values()))
-        places |= {name: (space, start) for name, start in zip(blocks, starts, strict=True)}
-        parts = []
-        for step, (arguments, call) in enumerate(zip(chain.steps, calls, strict=True)):
-            given = numbers(arguments)
-            bias = [] if arguments.bias is None else [arguments.bias]
-            # where there is no bias nothing asks for its place
-            names = [arguments.input, arguments.weight, *(bias or [arguments.input]), *chain.stored(step)]
-            names += [given[i] for i in call.distinct]
-            names += [(step, i) for i in range(len(call.recording.workspace_bytes))]
-            parts.append((call.recording, [places[name] for name in names]))
-        joined = Recording.joined(parts, size, device)
+        shared, kept = {}, {}
+        for step, call in enumerate(calls):
+            for number in set(chain.stored(step)).difference(chain.returned):
+                shared[number] = Block(prod(stored[number][0]) * stored[number][2].itemsize, step, last[number])
+            prepared = call.recording.prepared(constant[step])
+            for i, size in enumerate(call.recording.workspace_bytes):
+                (kept if i in prepared else shared)[step, i] = Block(size, *((0, 0) if i in prepared else (step, step)))
+        given = chain.tensors + len(chain.returned)
+        for blocks, place in ((kept, given), (shared, given + bool(kept))):
+            starts, size = arrange(list(blocks.values()))
+            places |= {name: (place, start) for name, start in zip(blocks, starts, strict=True)}
+            if blocks is kept and kept:
+                self.kept = [memory.uninitialised((size,), (1,), torch.uint8, device)]
+        before, after = [], []
+        for step, call in enumerate(calls):
+            where = [places[name] for name in self._names(step, call)]
+            for half, recording in zip((before, after), call.recording.split(constant[step]), strict=True):
+                half.append((recording, where))
+        joined = Recording.joined(after, size, device)
         if joined.repeatable:
             self.allocations = [stored[number] for number in chain.returned]
+            self.preparation = Recording.joined(before, 0, device)
             self.joined = joined
+            _prepared[str(chain)] += bool(kept)
 
+    def _constants(self, calls: Sequence[FusedCall]) -> list[set[int]]:
+        """For each step which tensors of its recording are constant: its weight, unless enough sizes of the chain keep theirs."""
+        full = _prepared[str(self.chain)] >= _MAX_PREPARED or torch.cuda.is_current_stream_capturing()
+        return [{1} if step.weight in self.chain.constants and not full else set() for step in self.chain.steps]
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Memory of some bytes that is in use from one step to another, both included."""
-
-    size: int
-    first: int
-    last: int
-
-
-def arrange(blocks: Sequence[Block]) -> tuple[list[int], int]:
-    """Where each block starts so that no two overlap that are in use at once, and the bytes that all of them take.
-
-    Larger ones first, each as low as it may lie ("greedy by size" of Pisarchyk and Lee, Efficient Memory Management for Deep
-    Neural Net Inference, 2020).
-    """
-    starts = [0] * len(blocks)
-    placed: list[int] = []
-    for i in sorted(range(len(blocks)), key=lambda i: -blocks[i].size):
-        block, start = blocks[i], 0
-        for j in sorted(placed, key=starts.__getitem__):
-            other = blocks[j]
-            meets = other.first <= block.last and block.first <= other.last
-            if meets and starts[j] < start + block.size:
-                start = max(start, starts[j] + _aligned(other.size))
-        starts[i] = start
-        placed.append(i)
-    return starts, max((start + _aligned(block.size) for start, block in zip(starts, blocks, strict=True)), default=0)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+    def _names(self, step: int, call: FusedCall) -> list:
+        """What the tensors and workspaces of a step's recording are: numbers of the chain, (step, workspace)."""
+        arguments = self.chain.steps[step]
+        given = numbers(arguments)
+        # where there is no bias nothing asks for its place
+        bias = arguments.input if arguments.bias is None else arguments.bias
+        names = [arguments.input, arguments.weight, bias, *self.chain.stored(step), *(given[i] for i in call.distinct)]
+        return names + [(step, i) for i in range(len(call.recording.workspace_bytes))]
 
 
 def _conv1d_chain_fake(tensors, steps):

@@ -1,6 +1,7 @@
 """Chains on the GPU: launched as one after the first time, with the same bits, no more memory, under CUDA graphs too."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
+def fresh():
     torch._dynamo.reset()
-    monkeypatch.setattr(chain, "_calls", {})
+    chain.forget_plans()
 
 
 def run_block(tensors):
@@ -59,6 +60,49 @@ def test_another_alignment_or_stride_is_another_call():
     channels_last = tensors[0].transpose(1, 2).contiguous().transpose(1, 2)
     run_block([channels_last, *tensors[1:]])
     assert len(chain._calls) == 3
+
+
+@pytest.fixture
+def frozen():
+    return str(replace(BLOCK, constants=(1, 2, 3)))
+
+
+def test_constant_weights_are_packed_once(frozen):
+    tensors = block_tensors(L=2000, device="cuda")
+    first = [y.clone() for y in conv1d_chain(tensors, frozen)]
+    for _ in range(3):
+        assert all(torch.equal(*pair) for pair in zip(conv1d_chain(tensors, frozen), first, strict=True))
+    (call,) = chain._calls.values()
+    assert call.kept and call.preparation._steps and len(call.joined._steps) < len(call.preparation._steps) + 5
+    # others at other addresses, and another stream
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        others = block_tensors(L=2000, device="cuda", seed=stream.cuda_stream % 7 + 1)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            run = conv1d_chain(others, frozen)
+        torch.cuda.synchronize()
+        for y, expected in zip(run, block(*others), strict=True):
+            assert_within_budget(y, expected, "tf32")
+
+
+def test_a_capture_does_not_rely_on_what_is_kept(frozen):
+    tensors = block_tensors(L=500, device="cuda")
+    conv1d_chain(tensors, frozen)
+    conv1d_chain(tensors, frozen)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = conv1d_chain(tensors, frozen)
+    (call,) = chain._calls.values()
+    call.kept[0].fill_(255)
+    graph.replay()
+    for y, expected in zip(returned, block(*tensors), strict=True):
+        assert_within_budget(y, expected, "tf32")
+
+
+def test_few_sizes_keep_what_they_prepared(frozen):
+    for L in range(100, 108):
+        conv1d_chain(block_tensors(L=L, device="cuda"), frozen)
+    assert [bool(call.kept) for call in chain._calls.values()] == 4 * [True] + 4 * [False]
 
 
 def test_no_samples():

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
+from torch._inductor import config as inductor_config
+from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
 from torch_conv_triton.chain import Chain
@@ -32,8 +34,9 @@ def join_chains(graph: Graph, records: dict[Node, ConvRecord]) -> list[Node]:
         # what one reads another chain may have taken over
         _join(graph, {node: OperatorCall.of(node) for node in chain})
         for node in chain:
-            words = filter(None, [records[node].folded, f"in a chain of {len(chain)}"])
-            records[node] = replace(records[node], folded=", ".join(words))
+            words = [f"in a chain of {len(chain)}"] if len(chain) > 1 else []
+            words += ["weight prepared once"] if _is_constant(calls[node].weight) else []
+            records[node] = replace(records[node], folded=", ".join(filter(None, [records[node].folded, *words])))
         gone += chain
     return gone
 
@@ -44,7 +47,7 @@ def _is_joinable(call: OperatorCall) -> bool:
 
 
 def _chains(graph: Graph, calls: dict[Node, OperatorCall]) -> Iterator[list[Node]]:
-    """The calls that may become one, in order: two or more each."""
+    """The calls that may become one, in order: two or more each, or one whose weight is constant."""
     # how many times the way to a node leaves our calls and comes back to them: no way leads from a call to another of the same
     # number through anything else
     returns: dict[Node, int] = {}
@@ -64,7 +67,7 @@ def _chains(graph: Graph, calls: dict[Node, OperatorCall]) -> Iterator[list[Node
                 joined = chain_of[other] + chain_of[node]
                 chain_of.update(dict.fromkeys(joined, joined))
     for chain in {id(chain): chain for chain in chain_of.values()}.values():
-        if len(chain) > 1:
+        if len(chain) > 1 or _is_constant(calls[chain[0]].weight):
             yield sorted(chain)
 
 
@@ -81,6 +84,7 @@ def _join(graph: Graph, calls: dict[Node, OperatorCall]) -> None:
         steps=tuple(call.arguments(number) for call in calls.values()),
         outputs=tuple(outputs),
         returned=tuple(number[n] for n in returned),
+        constants=tuple(number[n] for n in given if _is_constant(n)),
     )
     _put_behind(nodes, {*nodes, *made})
     call = call_for(graph, nodes[-1], CHAINS, (given, str(chain)), [value(n) for n in returned])
@@ -88,6 +92,11 @@ def _join(graph: Graph, calls: dict[Node, OperatorCall]) -> None:
     for node in reversed(nodes):
         for unused in dict.fromkeys((*OperatorCall.outputs(node), node)):
             graph.erase_node(unused)
+
+
+def _is_constant(node: Node) -> bool:
+    """Whether Inductor froze a tensor, so that its values never change; what is compiled ahead of time may be given others."""
+    return node.op == "get_attr" and inductor_config.freezing and not V.aot_compilation
 
 
 def _place(node: Node) -> tuple[Node, int]:

@@ -8,8 +8,9 @@ without Triton's binding of arguments.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -146,6 +147,12 @@ class _Step:
     def moved(self, places: Sequence[tuple[int, int]]) -> _Step:
         return replace(self, places=tuple((position, place.moved(places)) for position, place in self.places))
 
+    @property
+    def tensors(self) -> set[int]:
+        """Which tensors of the call, or workspaces behind them, it is given."""
+        inner = (place.places if isinstance(place, _Places) else (place,) for _, place in self.places)
+        return {place.tensor for places in inner for place in places}
+
 
 _Launch = tuple[CompiledKernel, tuple[int, int, int], list]
 
@@ -161,6 +168,7 @@ class Recording:
 
     def __init__(self, *tensors: Tensor | None) -> None:
         self._tensors: list[Tensor | None] = list(tensors)
+        self._given = len(tensors)
         self._workspaces: list[tuple] = []
         self._steps: list[_Step] = []
         self._describes = False
@@ -201,6 +209,25 @@ class Recording:
     def workspace_bytes(self) -> list[int]:
         """The sizes of what is allocated for the launches beside the tensors of the call."""
         return [prod(shape) * dtype.itemsize for shape, _, dtype, _ in self._workspaces]
+
+    def prepared(self, constants: Collection[int]) -> set[int]:
+        """The workspaces, by their numbers, that hold the same in every call if these of the tensors do."""
+        same, changing = set(), set()
+        for step in self._steps:
+            spaces = {i for i in step.tensors if i >= self._given}
+            if step.tensors - spaces <= set(constants) and not spaces & changing:
+                same |= spaces
+            else:
+                changing |= spaces - same
+        return {i - self._given for i in same}
+
+    def split(self, constants: Collection[int]) -> tuple[Recording, Recording]:
+        """The launches that fill what is `prepared` from these tensors, and the others."""
+        known = {*constants, *(self._given + i for i in self.prepared(constants))}
+        before, after = copy(self), copy(self)
+        before._steps = [step for step in self._steps if step.tensors <= known]
+        after._steps = [step for step in self._steps if not step.tensors <= known]
+        return before, after
 
     @classmethod
     def joined(cls, parts: Iterable[tuple[Recording, Sequence[tuple[int, int]]]], space: int, device: torch.device) -> Recording:
