@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_conv_triton import dispatch_gradients, gradients
 from torch_conv_triton.calls import Call
@@ -242,6 +243,28 @@ def test_a_non_finite_sample_stays_in_its_channel(case):
         clean[: case.C_out // case.groups, 1] = False
     for plan, grad_weight in weight_grads(case, x, grad_output):
         assert torch.equal(grad_weight.isfinite(), clean), plan
+
+
+def test_kernels_that_can_take_the_taps_of_a_depthwise_filter_in_reverse():
+    case = Case("causal", 2, 32, 40, 32, 4, padding=3, groups=32)
+    _, weight, _ = make_inputs(case, torch.float32)
+    grad_output = make_grad_output(case, torch.float32)
+    problem = dispatch_gradients.input_grad_problem(grad_output, weight, case.L_in, *geometry(case))
+    assert not problem.transposed
+    found = {}
+    for plan in dispatch_gradients.input_grad_candidates(problem, INTERPRETER):
+        with CountFlips() as flips:
+            gradients.input_grad_with(plan, problem, grad_output, weight)
+        found[plan.kernel] = flips.count
+    assert found["depthwise"] == found["depthwise_toeplitz"] == 0 and found["dense"] == 1
+
+
+class CountFlips(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.flip.default
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from torch_conv_triton import dispatch, execute
+from torch_conv_triton import dispatch, execute, memory
 from torch_conv_triton.calls import Call, remember, run, signature
 from torch_conv_triton.dispatch import Plan
 from torch_conv_triton.dispatch_gradients import (
@@ -19,7 +20,10 @@ from torch_conv_triton.dispatch_gradients import (
     plan_weight_grad,
     weight_grad_problem,
 )
-from torch_conv_triton.problem import Conv1dProblem, check_arguments, current_precision, output_length
+from torch_conv_triton.problem import Conv1dProblem, check_arguments, contiguous_strides, current_precision, output_length
+
+# kernels that run a depthwise convolution transposed as they run it plain: of stride 1, it has the taps reversed
+REVERSING = ("depthwise", "depthwise_toeplitz")
 
 _input_calls: dict[tuple, Call] = {}
 _weight_calls: dict[tuple, Call] = {}
@@ -41,7 +45,7 @@ def input_grad(
         check_backward(grad_output, input_like(grad_output, weight, input_length, groups), weight, *geometry)
         problem = input_grad_problem(grad_output, weight, input_length, *geometry)
         plan = plan_input_grad(problem, dispatch.device_for(grad_output.device))
-        call = remember(_input_calls, key, Call(problem, plan))
+        call = remember(_input_calls, key, input_grad_call(plan, problem))
     if call.plan.is_aten:
         return aten_input_grad(grad_output, weight, input_length, *geometry)
     return run_input_grad(call, grad_output, weight)
@@ -50,14 +54,22 @@ def input_grad(
 def input_grad_with(plan: Plan, problem: Conv1dProblem, grad_output: Tensor, weight: Tensor) -> Tensor:
     """Run one given plan of an `input_grad_problem`: one of `dispatch_gradients.candidates`, with any config, or aten."""
     if not plan.is_aten:
-        return run_input_grad(Call(problem, plan), grad_output, weight)
+        return run_input_grad(input_grad_call(plan, problem), grad_output, weight)
     p = problem
     padding = p.padding if p.transposed else p.dilation * (p.K - 1) - p.padding
     return aten_input_grad(grad_output, weight, p.L_out, p.stride, padding, p.dilation, p.groups)
 
 
+def input_grad_call(plan: Plan, problem: Conv1dProblem) -> Call:
+    """The call of a plan of an `input_grad_problem`, described so that the kernel need not have the taps reversed if it can."""
+    p = problem
+    if not p.transposed and plan.kernel in REVERSING:
+        problem = replace(p, transposed=True, padding=p.dilation * (p.K - 1) - p.padding)
+    return Call(problem, plan)
+
+
 def run_input_grad(call: Call, grad_output: Tensor, weight: Tensor) -> Tensor:
-    """Make a call of our kernels for an `input_grad_problem`, with the weight of the convolution."""
+    """Make an `input_grad_call` of our kernels, with the weight of the convolution."""
     if not call.problem.transposed:
         # a depthwise filter takes outputs back to inputs when its taps are reversed
         weight = weight.flip(2)
@@ -95,8 +107,7 @@ def weight_grad_with(plan: Plan, problem: Conv1dProblem, grad_output: Tensor, x:
 
 def run_weight_grad(call: Call, grad_output: Tensor, x: Tensor) -> Tensor:
     """Make a call of our kernels for a `weight_grad_problem`."""
-    p = call.problem
-    grad_weight = x.new_empty((p.C_out, p.C_in_per_group, p.K))
+    grad_weight = _empty_weight(call.problem, x)
     run(call, _launch, grad_output, x, grad_weight, None)
     return grad_weight
 
@@ -121,10 +132,18 @@ def run_weight_bias_grad(call: Call, grad_output: Tensor, x: Tensor) -> tuple[Te
     """Make a call of our kernels for a `weight_grad_problem` and the bias: in one pass if the plan says so."""
     if not call.plan.config.with_bias:
         return run_weight_grad(call, grad_output, x), bias_grad(grad_output)
-    p = call.problem
-    grad_weight, grad_bias = x.new_empty((p.C_out, p.C_in_per_group, p.K)), x.new_empty(p.C_out)
+    grad_weight, grad_bias = _empty_weight(call.problem, x), _empty_bias(call.problem.C_out, x)
     run(call, _launch, grad_output, x, grad_weight, grad_bias)
     return grad_weight, grad_bias
+
+
+def _empty_weight(p: Conv1dProblem, x: Tensor) -> Tensor:
+    shape = p.C_out, p.C_in_per_group, p.K
+    return memory.uninitialised(shape, contiguous_strides(*shape[1:]), x.dtype, x.device)
+
+
+def _empty_bias(channels: int, x: Tensor) -> Tensor:
+    return memory.uninitialised((channels,), (1,), x.dtype, x.device)
 
 
 def _launch(plan: Plan, p: Conv1dProblem, grad_output: Tensor, x: Tensor, grad_weight: Tensor, grad_bias: Tensor | None) -> None:
@@ -171,7 +190,7 @@ def bias_grad(grad_output: Tensor) -> Tensor:
         call = remember(_bias_calls, key, Call(None, plan))
     if call.plan.is_aten:
         return grad_output.sum((0, 2))
-    grad_bias = grad_output.new_empty(grad_output.shape[1])
+    grad_bias = _empty_bias(grad_output.shape[1], grad_output)
     run(call, _launch_bias_grad, grad_output, grad_bias)
     return grad_bias
 

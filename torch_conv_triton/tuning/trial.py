@@ -148,9 +148,10 @@ def _contestant(plan: Plan, problem: Conv1dProblem, tensors: Tensors) -> Contest
     elif problem.kind == "forward":
         # one call, so that its launches are repeated as in a program
         call = partial(execute.run_kernels, Call(problem, plan), *tensors)
+    elif problem.kind == "input_grad":
+        call = partial(gradients.run_input_grad, gradients.input_grad_call(plan, problem), *tensors[:2])
     else:
-        launch = gradients.run_input_grad if problem.kind == "input_grad" else gradients.run_weight_grad
-        call = partial(launch, Call(problem, plan), *tensors[:2])
+        call = partial(gradients.run_weight_grad, Call(problem, plan), *tensors[:2])
     # every contestant has a thread, and every thread a current device, which the clock's events are on
     return Contestant(call, partial(torch.cuda.device_of, tensors[0]))
 
