@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import torch_conv_triton
 from torch_conv_triton import dispatch, dispatch_gradients, gradients
+from torch_conv_triton.calls import Call
 from torch_conv_triton.dispatch import Plan
 from torch_conv_triton.testing import (
     CASES,
@@ -99,6 +100,24 @@ def test_operators_give_aten_s_gradients(case, dtype):
     expected = torch.autograd.grad(case.operator(F)(*doubles).sum(), doubles)
     for a, e in zip(actual, expected, strict=True):
         assert_within_budget(a, e, "tf32" if dtype == torch.float32 else "ieee")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["NCL", "NLC"])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_the_gradient_of_a_bias_out_of_the_pass_for_the_weight_s(case, layout, dtype):
+    x, weight, _ = make_inputs(case, dtype, layout, "cuda")
+    grad_output = make_grad_output(case, dtype, layout, "cuda")
+    geometry = case.stride, case.padding, case.dilation, case.groups
+    problem = dispatch_gradients.weight_grad_problem(grad_output, x, case.K, *geometry)
+    _, expected = expected_gradients(case, x, weight, grad_output)
+    for plan in dispatch_gradients.weight_grad_candidates(problem, dispatch.device_for(x.device)):
+        call = Call(problem, replace(plan, config=replace(plan.config, with_bias=True, exchanged=False)))
+        with poisoned_allocations():
+            first, second = (gradients.run_weight_bias_grad(call, grad_output, x) for _ in range(2))
+        assert_within_budget(first[0], expected, problem.precision)
+        assert_within_budget(first[1], grad_output.double().sum((0, 2)))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), plan
 
 
 LONG_SUMS = (
