@@ -158,7 +158,7 @@ def take_over(graph: Graph, call: Node, outputs: Sequence[Node]) -> tuple[Node, 
                 new.insert(0, graph.call_function(operator.getitem, (call, i)))
             new[0].meta["val"] = results[i]
     for old, output in zip(outputs, new, strict=True):
-        output.meta = {**old.meta, "val": value(output)}
+        output.meta = {**output.meta, **old.meta, "val": value(output)}
         old.replace_all_uses_with(output)
     return tuple(new)
 

@@ -22,7 +22,7 @@ from torch_conv_triton import dispatch
 from torch_conv_triton.graph.ahead import compile_ahead
 from torch_conv_triton.graph.backward import split_backward
 from torch_conv_triton.graph.chain import join_chains
-from torch_conv_triton.graph.convolution import static_problems
+from torch_conv_triton.graph.convolution import aten, static_problems
 from torch_conv_triton.graph.fold import fold
 from torch_conv_triton.graph.host_bound import left_to_aten
 from torch_conv_triton.graph.layout import choose_layouts
@@ -115,8 +115,9 @@ class ConvolutionPass(CustomGraphPass):
             return set()
         trial = deepcopy(graph)
         for original, node in zip(graph.nodes, trial.nodes, strict=True):
-            # calls that stand in for others inherit it
-            node.meta["original"] = original
+            if original.target is aten.convolution.default:
+                # the calls that stand in for it inherit this
+                node.meta["original"] = original
         return {node.meta["original"] for node in join_chains(trial, self._rewrite(trial, {}))}
 
     def uuid(self) -> tuple[str, ...] | None:
