@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, split_program, weight_matrix, widen
-from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, halves_channels, store_tile
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import descriptor, launch
+from torch_conv_triton.kernels.program import halves_channels
 
 
 # the same convolution at several dilations, as in a residual block, is one kernel

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torch_conv_triton.kernels.epilogue import is_plain, store_outputs
+from torch_conv_triton.kernels.epilogue import store_outputs
+from torch_conv_triton.kernels.program import is_plain
 
 
 @triton.jit

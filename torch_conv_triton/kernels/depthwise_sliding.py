@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import needs_int64, position_in_x, widen
-from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, is_plain, store_tile
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import launch
+from torch_conv_triton.kernels.program import is_plain
 from torch_conv_triton.kernels.vectors import put_together
 
 
