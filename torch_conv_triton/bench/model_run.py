@@ -146,12 +146,9 @@ def model_line(result: ModelResult) -> str:
 
 def measure_model(name: str, dtype: str, *, size: str, train: bool, ways: Sequence[str], rounds: int, ms: float) -> ModelResult:
     """Measure one model on the current CUDA device; runs in the worker."""
-    import torch._dynamo.config
-
     torch._dynamo.reset()
     torch.cuda.empty_cache()
-    # without allow_rnn, Dynamo leaves the graph at every nn.LSTM
-    with torch._dynamo.config.patch(allow_rnn=True), _compiled_afresh():
+    with _compiled_afresh():
         module, args, kwargs = build(name, "cuda", dtype, size)
         if train:
             enable_training(module)
