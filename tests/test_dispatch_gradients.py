@@ -112,19 +112,21 @@ def test_the_gradient_of_a_bias_is_ours_where_the_sum_is_long():
     assert plan((8, 128, 4001), device=None).is_aten
 
 
-def test_the_bias_s_comes_out_of_the_weight_s_pass_unless_x_takes_the_place_of_grad_output():
+def test_the_bias_s_comes_out_of_the_weight_s_pass_where_grad_output_passes_through_registers_in_its_own_place():
     def planned(problem, device=H200):
         return dispatch_gradients.plan_weight_bias_grad(problem, device)
 
     weights, few_outputs, pointwise = SEED[1], problems((8, 32, 220160), 1, 7, padding=3)[1], CHOICES["pointwise"][0][1]
+    shared = problems((16, 768, 499), 768, 128, FP16, layout="NLC", padding=64, groups=16)[1]
     plan = dispatch_gradients.plan_weight_grad(weights, H200)
     assert planned(weights) == replace(plan, config=replace(plan.config, with_bias=True))
-    for problem in (few_outputs, pointwise):
+    for problem in (few_outputs, shared, pointwise):
         assert planned(problem) == dispatch_gradients.plan_weight_grad(problem, H200)
     assert planned(few_outputs).config.exchanged and planned(pointwise).is_aten and planned(weights, None).is_aten
-    config = replace(planned(few_outputs).config, with_bias=True)
-    reason = weight_grad_config_refusal("weight_grad", config, few_outputs, H200)
-    assert reason == "what is added up is grad_output in its own place"
+    for problem in (few_outputs, shared):
+        config = replace(planned(problem).config, with_bias=True)
+        reason = weight_grad_config_refusal("weight_grad", config, problem, H200)
+        assert reason == "only a grad_output that passes through registers in its own place is added up"
 
 
 def test_what_is_rounded_is_refused_as_rows_in_full_float32():

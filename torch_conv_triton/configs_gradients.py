@@ -236,8 +236,8 @@ def weight_grad_rows_config(problem: Conv1dProblem, device: Device) -> WeightGra
 
 def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: Conv1dProblem, device: Device) -> str | None:
     """Why this kernel cannot compute the weight gradient with this config, or should not, or None."""
-    if config.exchanged and config.with_bias:
-        return "what is added up is grad_output in its own place"
+    if kernel == "weight_grad" and config.with_bias and (config.exchanged or not config.prefetch):
+        return "only a grad_output that passes through registers in its own place is added up"
     if config.exchanged and (problem.stride > 1 or kernel != "weight_grad"):
         return "x and grad_output take each other's place at stride 1 only"
     partial, most = problem.C_out * problem.C_in_per_group * problem.K, 128

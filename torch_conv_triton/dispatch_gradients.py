@@ -143,7 +143,7 @@ def plan_weight_bias_grad(problem: Conv1dProblem, device: Device | None) -> Plan
     Its config says `with_bias` where that comes out of the same pass, which is cheaper than one of its own; else it does not.
     """
     plan = plan_weight_grad(problem, device)
-    if plan.is_aten or plan.config.exchanged:
+    if plan.is_aten or (plan.kernel == "weight_grad" and (plan.config.exchanged or not plan.config.prefetch)):
         return plan
     return replace(plan, config=replace(plan.config, with_bias=True))
 

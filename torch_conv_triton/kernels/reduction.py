@@ -79,13 +79,14 @@ def sum_partials_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
+    BIAS_BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0)
     if HAS_BIAS:
         if tile < tiles:
             store_sums(tile, partials_ptr, out_ptr, numel, splits, split_size, channel_size, K, TERMS, BLOCK_S, BLOCK)
         else:
-            store_sums(tile - tiles, bias_partials_ptr, bias_ptr, bias_numel, bias_splits, bias_numel, 1, 1, 1, BLOCK_S, BLOCK)
+            store_sums(tile - tiles, bias_partials_ptr, bias_ptr, bias_numel, bias_splits, bias_numel, 1, 1, 1, 128, BIAS_BLOCK)
     else:
         store_sums(tile, partials_ptr, out_ptr, numel, splits, split_size, channel_size, K, TERMS, BLOCK_S, BLOCK)
 
@@ -98,17 +99,23 @@ def sum_partials(
     With `terms` above 1 a partial sum is ``(C_out, rows, terms)``, and tap k the sum of a diagonal: row k + i, column i. The same
     launch writes the sum of bias_partials ``(bias_splits, C_out)``, if there are any, into grad_bias ``(C_out,)``.
     """
-    block = 128 if out.numel() >= 32768 else min(32, triton.next_power_of_2(out.numel()))
-    # few outputs leave room to have more of their terms under way
-    block_s = max(32, min(4096 // block, triton.next_power_of_2(partials.shape[0] * terms)))
+    numel, rows = out.numel(), triton.next_power_of_2(partials.shape[0] * terms)
+    if rows < 32:
+        # wide tiles, of enough programs: 3 splits of 589824 in tiles of 32 rows 0.0147
+        block_s, block = rows, max(32, min(4096 // rows, 1024, triton.next_power_of_2(numel // 512)))
+    else:
+        block = 128 if numel >= 32768 else min(32, triton.next_power_of_2(numel))
+        # few outputs leave room to have more of their terms under way
+        block_s = max(32, min(4096 // block, rows))
+    bias_block = 32
     has_bias = bias_partials is not None
-    tiles = triton.cdiv(out.numel(), block)
+    tiles = triton.cdiv(numel, block)
     launch(
         sum_partials_kernel,
-        (tiles + (triton.cdiv(grad_bias.numel(), block) if has_bias else 0),),
+        (tiles + (triton.cdiv(grad_bias.numel(), bias_block) if has_bias else 0),),
         partials,
         out,
-        out.numel(),
+        numel,
         partials.shape[0],
         partials[0].numel(),
         partials[0, 0].numel(),
@@ -122,6 +129,7 @@ def sum_partials(
         HAS_BIAS=has_bias,
         BLOCK_S=block_s,
         BLOCK=block,
+        BIAS_BLOCK=bias_block,
     )
 
 

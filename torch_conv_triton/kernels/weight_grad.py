@@ -109,14 +109,6 @@ def add_product(dy, x, acc, ROUND: tl.constexpr, GRAD_LEFT: tl.constexpr, PRECIS
     return dot_tile(tl.trans(x), dy, acc, GRAD_LEFT, PRECISION)
 
 
-@triton.jit
-def add_rows(dy, sums, tile_c):
-    # one of the tiles that read these rows is enough
-    if tile_c == 0:
-        sums += dy.to(tl.float32)
-    return sums
-
-
 @triton.jit(do_not_specialize=["N", "blocks", "blocks_per_sample", "blocks_per_split", "tiles_o", "tiles_c"])
 def conv1d_weight_grad_kernel(
     dy_ptr,  # (N, C_out, L_out), any strides
@@ -144,7 +136,7 @@ def conv1d_weight_grad_kernel(
     GROUPS: tl.constexpr,
     C_IN: tl.constexpr,  # per group
     K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,  # with PREFETCH only
     TAP_MAJOR: tl.constexpr,
     FLATTEN: tl.constexpr,
     ROUND: tl.constexpr,
@@ -179,7 +171,7 @@ def conv1d_weight_grad_kernel(
         acc = tl.zeros((BLOCK_O, BLOCK_C), dtype=tl.float32)
     else:
         acc = tl.zeros((BLOCK_C, BLOCK_O), dtype=tl.float32)
-    sums = tl.zeros((BLOCK_O, BLOCK_L), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_O,), dtype=tl.float32)
 
     if PREFETCH:
         dy, x = load_operands(
@@ -190,7 +182,7 @@ def conv1d_weight_grad_kernel(
                 b + 1, last, grad, signal, lengths, geometry, rows, columns, C_IN, K, TAP_MAJOR, FLATTEN, INT64, BLOCK_L, BLOCK_C
             )
             if HAS_BIAS:
-                sums = add_rows(dy, sums, tile_c)
+                sums += tl.sum(dy.to(tl.float32), 1)
             acc = add_product(dy, x, acc, ROUND, GRAD_LEFT, PRECISION)
             dy, x = next_dy, next_x
     else:
@@ -198,8 +190,6 @@ def conv1d_weight_grad_kernel(
             dy, x = load_operands(
                 b, last, grad, signal, lengths, geometry, rows, columns, C_IN, K, TAP_MAJOR, FLATTEN, INT64, BLOCK_L, BLOCK_C
             )
-            if HAS_BIAS:
-                sums = add_rows(dy, sums, tile_c)
             acc = add_product(dy, x, acc, ROUND, GRAD_LEFT, PRECISION)
 
     # the weight's own order, whatever the order of the columns
@@ -218,7 +208,8 @@ def conv1d_weight_grad_kernel(
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
     if HAS_BIAS:
         bias_ptr += (split.to(tl.int64) * GROUPS + group) * C_OUT
-        tl.store(bias_ptr + o, tl.sum(sums, 1).to(bias_ptr.dtype.element_ty), mask=o_mask & (tile_c == 0))
+        # one of the tiles that read these rows
+        tl.store(bias_ptr + o, sums.to(bias_ptr.dtype.element_ty), mask=o_mask & (tile_c == 0))
 
 
 def conv1d_weight_grad(
@@ -237,7 +228,7 @@ def conv1d_weight_grad(
     bias into grad_bias ``(C_out,)`` if there is one.
 
     grad_output ``(N, C_out, L_out)`` and x ``(N, C_in, L_in)``, any strides. `config` is a `WeightGradConfig`; with more than one
-    split the workspace holds `splits` float32 copies of the gradients. There is no grad_bias where it is `exchanged`.
+    split the workspace holds `splits` float32 copies of the gradients. A grad_bias asks for `prefetch`, not `exchanged`.
     """
     K = grad_weight.shape[2]
     if config.exchanged:
