@@ -236,8 +236,8 @@ def weight_grad_rows_config(problem: Conv1dProblem, device: Device) -> WeightGra
 
 def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: Conv1dProblem, device: Device) -> str | None:
     """Why this kernel cannot compute the weight gradient with this config, or should not, or None."""
-    if kernel == "weight_grad" and config.with_bias and (config.exchanged or not config.prefetch):
-        return "only a grad_output that passes through registers in its own place is added up"
+    if config.with_bias and not adds_up_grad_output(kernel, config, problem):
+        return "grad_output does not pass through registers in its own place, where it could be added up"
     if config.exchanged and (problem.stride > 1 or kernel != "weight_grad"):
         return "x and grad_output take each other's place at stride 1 only"
     partial, most = problem.C_out * problem.C_in_per_group * problem.K, 128
@@ -265,6 +265,11 @@ def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: C
     if problem.N * problem.L_out > 4 * POSITIONS_PER_SPLIT * config.splits:
         return "an accumulator would sum too many positions"
     return None
+
+
+def adds_up_grad_output(kernel: str, config: WeightGradConfig, problem: Conv1dProblem) -> bool:
+    """Whether a pass for the weight's gradient can give the bias's too: 16-bit blocks go past the registers unless prefetched."""
+    return kernel != "weight_grad" or (not config.exchanged and (config.prefetch or problem.dtype.itemsize == 4))
 
 
 def depthwise_weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch_conv_triton import dispatch
 from torch_conv_triton.configs import Device
 from torch_conv_triton.configs_gradients import (
+    adds_up_grad_output,
     banded_weight_grad_config,
     bias_grad_config,
     depthwise_weight_grad_config,
@@ -143,7 +144,7 @@ def plan_weight_bias_grad(problem: Conv1dProblem, device: Device | None) -> Plan
     Its config says `with_bias` where that comes out of the same pass, which is cheaper than one of its own; else it does not.
     """
     plan = plan_weight_grad(problem, device)
-    if plan.is_aten or (plan.kernel == "weight_grad" and (plan.config.exchanged or not plan.config.prefetch)):
+    if plan.is_aten or not adds_up_grad_output(plan.kernel, plan.config, problem):
         return plan
     return replace(plan, config=replace(plan.config, with_bias=True))
 
