@@ -23,7 +23,7 @@ from torch_conv_triton.configs import (
     stays_resident,
     tma_config,
 )
-from torch_conv_triton.configs_depthwise import depthwise_choices, skewed_refusal, toeplitz_refusal
+from torch_conv_triton.configs_depthwise import bands_refusal, depthwise_choices, skewed_refusal, toeplitz_refusal
 from torch_conv_triton.configs_fused import fused_choice
 from torch_conv_triton.configs_halo import halo_config, halo_refusal, halo_wins
 from torch_conv_triton.configs_thin import THIN, thin_choices, thin_refusal
@@ -54,12 +54,15 @@ FUSING = (
     "transposed_interleaved",
     "transposed_tma",
     "depthwise",
+    "depthwise_bands",
     "depthwise_sliding",
     "depthwise_vector",
     "depthwise_toeplitz",
 )
 # those of them whose tiles may hold the same channels of both halves of the output
 HALVING = ("dense", "dense_tma")
+# those that may begin with one, once for each element of x
+PREPARING = ("dense_halo",)
 # kernels that gather x, and so read it by any padding mode
 GATHERING = ("dense", "dense_persistent", "depthwise", "depthwise_sliding")
 
@@ -256,6 +259,8 @@ def plan_refusal(plan: Plan, problem: Conv1dProblem, device: Device) -> str | No
         return thin_refusal(plan.kernel, config, plain, device)
     if plan.kernel == "depthwise_toeplitz":
         return toeplitz_refusal(problem, config)
+    if plan.kernel == "depthwise_bands":
+        return bands_refusal(problem, device, config)
     if plan.kernel == "depthwise_skewed":
         return skewed_refusal(problem, config)
     return None if plan.kernel.startswith("depthwise") else config_refusal(config, plain, device)
@@ -303,7 +308,7 @@ def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
         return _transposed_by_preference(problem, device)
     if problem.is_depthwise:
         general = Plan("dense", gemm_config(problem, device), "implicit GEMM, one channel a group")
-        return [general, *(Plan(*choice) for choice in depthwise_choices(problem))]
+        return [general, *(Plan(*choice) for choice in depthwise_choices(problem, device))]
     ranked = [(1, Plan("dense", gemm_config(problem, device), "implicit GEMM over any strides"))]
     config = tma_config(problem, device)
     if not tma_refusal(problem, device, config):
@@ -342,7 +347,7 @@ def _by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
 def _transposed_by_preference(problem: Conv1dProblem, device: Device) -> list[Plan]:
     general = Plan("transposed", transposed_config(problem, device), "one output phase a program, every output written once")
     if problem.is_depthwise:
-        return [general, *(Plan(*choice) for choice in depthwise_choices(problem))]
+        return [general, *(Plan(*choice) for choice in depthwise_choices(problem, device))]
     weave = Weave.of(problem.K, problem.stride, problem.dilation)
     if interleaved_refusal(problem, weave):
         return [general]

@@ -7,11 +7,15 @@ or two, each rounded once.
 
 ``halve; tanh %0; sigmoid %1; mul %2 %3; out %4 fp32 NCL`` is a gate over split channels. `halve` may come first, and cuts the
 convolution in two: %0 is then the first half of its channels and %1 the second. Operands and outputs have C_out / 2 channels.
+
+``mul %0 0.1; gt %0 0.0; where %2 %0 %1; conv; out %0 fp32 NCL`` computes a leaky ReLU of the input before the convolution. What
+stands before `conv` has values of its own, %0 being the input, and no operands; its last value is convolved, in the input's
+dtype. It makes zeros of zeros, so that padding stays what it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -78,13 +82,15 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Instructions, then the values that are stored. `str` gives the text that `parse` takes."""
+    """Instructions, then the values that are stored; `prologue`: those before the convolution. `str` gives what `parse` takes."""
 
     instructions: tuple[Instruction, ...]
     outputs: tuple[Output, ...]
+    prologue: tuple[Instruction, ...] = ()
 
     def __str__(self) -> str:
-        return "; ".join(map(str, (*self.instructions, *self.outputs)))
+        before = (*self.prologue, "conv") if self.prologue else ()
+        return "; ".join(map(str, (*before, *self.instructions, *self.outputs)))
 
     @property
     def operands(self) -> int:
@@ -136,6 +142,7 @@ def parse(text: str, dtype: torch.dtype) -> Program:
     Raises ValueError for what is no instruction, has another number of arguments or names a value that is not there yet.
     """
     instructions: list[Instruction] = []
+    prologue: tuple[Instruction, ...] = ()
     outputs: list[Output] = []
     for line in filter(None, (part.strip() for part in text.split(";"))):
         name, *words = line.split()
@@ -143,6 +150,9 @@ def parse(text: str, dtype: torch.dtype) -> Program:
             outputs.append(_parse_output(line, words, len(instructions)))
         elif outputs:
             raise ValueError(f"an instruction follows the outputs: {line}")
+        elif name == "conv":
+            prologue, instructions = tuple(instructions), []
+            _check_prologue(prologue, text)
         else:
             instruction = Instruction(name, tuple(map(_parse_argument, words)))
             _check(instruction, len(instructions) + 1)
@@ -151,7 +161,14 @@ def parse(text: str, dtype: torch.dtype) -> Program:
         outputs.append(Output(Value(0), dtype, "NCL"))
     if not 1 <= len(outputs) <= 2:
         raise ValueError(f"a program has one or two outputs, but got {len(outputs)}: {text}")
-    return Program(tuple(instructions), tuple(outputs))
+    return Program(tuple(instructions), tuple(outputs), prologue)
+
+
+def _check_prologue(prologue: tuple[Instruction, ...], text: str) -> None:
+    if not prologue or HALVE in prologue or any(isinstance(a, Operand) for i in prologue for a in i.arguments):
+        raise ValueError(f"instructions without operands come before 'conv': {text}")
+    if not keeps_zero(prologue):
+        raise ValueError(f"what comes before 'conv' makes something else of zeros: {text}")
 
 
 def _parse_output(line: str, words: list[str], values: int) -> Output:
@@ -251,6 +268,67 @@ INSTRUCTIONS = {
     },
     "where": _Function(3, lambda condition, a, b: torch.where(condition != 0, a, b)),
 }
+
+
+def prepare(program: Program, x: Tensor) -> Tensor:
+    """The input that is convolved, in torch operators: the prologue's last value, rounded to the dtype of x."""
+    return _apply(program.prologue, x).to(x.dtype) if program.prologue else x
+
+
+def keeps_zero(instructions: Sequence[Instruction]) -> bool:
+    """Whether the last value of instructions without operands is zero where %0 is."""
+    return not _apply(instructions, torch.zeros(())).item()
+
+
+def _apply(instructions: Sequence[Instruction], x: Tensor) -> Tensor:
+    values = [x.to(torch.promote_types(x.dtype, torch.float32))]
+    for instruction in instructions:
+        arguments = [values[a.index] if isinstance(a, Value) else torch.full_like(values[0], a) for a in instruction.arguments]
+        values.append(INSTRUCTIONS[instruction.name].compute(*arguments))
+    return values[-1]
+
+
+def keep_outputs(program: Program, outputs: Sequence[Output]) -> Program:
+    """The program with these of its outputs alone, and the instructions that they need."""
+    halving = program.instructions[: program.halves]
+    given = {i: i for i in range(len(halving) + 1)}
+    made, numbers = _renumbered(program, [output.value.index for output in outputs], given)
+    kept = tuple(Output(Value(numbers[output.value.index]), output.dtype, output.layout) for output in outputs)
+    return Program((*halving, *made), kept, program.prologue)
+
+
+def instructions_between(program: Program, start: Value, end: Value) -> tuple[Instruction, ...] | None:
+    """What makes the value `end` of `start` alone, which is their %0; None if anything else is needed. TF32 is left out."""
+    while end.index and program.instructions[end.index - 1].name == "tf32":
+        (end,) = program.instructions[end.index - 1].arguments
+    try:
+        made, _ = _renumbered(program, [end.index], {start.index: 0})
+    except KeyError:
+        return None
+    return None if any(isinstance(a, Operand) for instruction in made for a in instruction.arguments) else tuple(made)
+
+
+def _renumbered(program: Program, values: Sequence[int], given: Mapping[int, int]) -> tuple[list[Instruction], dict[int, int]]:
+    """The instructions that make these values of those that are `given` with their new numbers, and the numbers of all.
+
+    Raises KeyError if they need more of the convolution than is given.
+    """
+    needed, waiting = set(), list(values)
+    while waiting:
+        value = waiting.pop()
+        if value in given or value in needed:
+            continue
+        if value <= program.halves:
+            raise KeyError(value)
+        needed.add(value)
+        waiting += [a.index for a in program.instructions[value - 1].arguments if isinstance(a, Value)]
+    made, numbers = [], dict(given)
+    for value in sorted(needed):
+        instruction = program.instructions[value - 1]
+        arguments = (Value(numbers[a.index]) if isinstance(a, Value) else a for a in instruction.arguments)
+        made.append(Instruction(instruction.name, tuple(arguments)))
+        numbers[value] = max(given.values()) + len(made)
+    return made, numbers
 
 
 def evaluate(program: Program, y: Tensor, operands: Sequence[Tensor], tf32: bool) -> list[Tensor]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from torch_conv_triton import dispatch, execute, memory
 from torch_conv_triton.calls import Call, Launch, remember, run, signature
-from torch_conv_triton.dispatch import Plan, aten
-from torch_conv_triton.epilogue import Program, allocate, evaluate, parse
+from torch_conv_triton.dispatch import PREPARING, Plan, aten
+from torch_conv_triton.epilogue import Program, allocate, evaluate, parse, prepare
 from torch_conv_triton.problem import (
     KERNEL_DTYPES,
     Conv1dProblem,
@@ -108,14 +108,16 @@ def fused_length(L_in, K, stride, start, end, dilation, transposed):
 def problem_of(a: Arguments) -> Conv1dProblem:
     """The problem that valid arguments describe; it writes the epilogue's first output."""
     start, end = a.padding
+    program = parse(a.epilogue, a.input.dtype)
     plain = Conv1dProblem.from_tensors(a.input, a.weight, a.bias, a.stride, start, a.dilation, a.groups, a.transposed)
     asymmetric = replace(
         plain,
         padding_end=None if start == end else end,
         padding_mode=a.padding_mode,
-        rounded=a.rounded and plain.precision == "tf32",
+        # a kernel that computes what comes before rounds that itself
+        rounded=(a.rounded or bool(program.prologue)) and plain.precision == "tf32",
     )
-    first = parse(a.epilogue, a.input.dtype).outputs[0]
+    first = program.outputs[0]
     return replace(asymmetric, y_strides=first.strides(plain.C_out, asymmetric.L_out))
 
 
@@ -134,6 +136,9 @@ def plan(a: Arguments) -> Plan:
     if found.is_aten and not problem.has_bias and any(instruction.name != "tf32" for instruction in program.instructions):
         # what follows costs aten a pass over the output, as a bias does, and our kernels nothing
         found = dispatch.fused_plan(replace(problem, has_bias=True), device, beside)
+    if program.prologue and not found.is_aten and found.kernel not in PREPARING:
+        reason = "no kernel of ours computes what comes before this convolution"
+        return next((c for c in dispatch.candidates(problem, device) if c.kernel in PREPARING), aten(reason))
     return found
 
 
@@ -189,7 +194,7 @@ class FusedCall(Call):
         """The outputs, for the tensors that `find_call` returned, and for its arguments."""
         input, weight, bias, *geometry, _, operands, _ = arguments
         if self.plan.is_aten:
-            y = _convolution(input, weight, bias, *geometry)
+            y = _convolution(prepare(self.program, input), weight, bias, *geometry)
             return evaluate(self.program, y, operands or [], self.problem.precision == "tf32")
         outputs = [memory.uninitialised(self.shape, strides, dtype, input.device) for strides, dtype in self.allocations]
         run(
@@ -217,25 +222,25 @@ class FusedCall(Call):
             distinct=sorted({i for i in firsts if i >= 2 + problem.has_bias}),
         )
         if not call.plan.is_aten:
-            call.launch = partial(_launch, *call._epilogue(arguments.operands, firsts))
+            call.launch = partial(_launch, *call._texts(arguments.operands, firsts))
         return call
 
-    def _epilogue(self, operands: Sequence[Tensor], firsts: Sequence[int]) -> tuple[str, list[int]]:
-        """The kernel's text, and where it finds a second output and its operands among the tensors of a launch."""
-        from torch_conv_triton.kernels.epilogue import kernel_text, operand_kind
+    def _texts(self, operands: Sequence[Tensor], firsts: Sequence[int]) -> tuple[str, str, list[int]]:
+        """What the kernel computes before and after, and where it finds a second output and operands among a launch's tensors."""
+        from torch_conv_triton.kernels.epilogue import kernel_text, operand_kind, prologue_text
 
         outputs = len(self.allocations)
         places = {0: 0, 1: 1, 2: 2} | {i: 3 + outputs + j for j, i in enumerate(self.distinct)}
         kinds = [operand_kind(operand, self.shape) for operand in operands]
         found = [*range(4, 3 + outputs), *(places[i] for i in firsts)]
-        return kernel_text(self.program, kinds, self.problem.precision == "tf32"), found
+        return prologue_text(self.program), kernel_text(self.program, kinds, self.problem.precision == "tf32"), found
 
 
-def _launch(text: str, places: list[int], plan: Plan, p: Conv1dProblem, *tensors: Tensor | None) -> None:
+def _launch(before: str, after: str, places: list[int], plan: Plan, p: Conv1dProblem, *tensors: Tensor | None) -> None:
     from torch_conv_triton.kernels.epilogue import Fusion
 
     x, weight, bias, y, *_ = tensors
-    fusion = Fusion(text, tuple([tensors[i] for i in places]), p.padding_mode, p.rounded)
+    fusion = Fusion(after, tuple([tensors[i] for i in places]), p.padding_mode, p.rounded, before)
     execute.launch_kernel(plan, p, x, weight, bias, y, fusion)
 
 

@@ -89,6 +89,22 @@ def test_every_instruction_and_activation(fresh):
         torch.testing.assert_close(actual, function.compute(plain, *numbers), rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("K, dilation", [(3, 1), (7, 3), (11, 5)])
+@pytest.mark.parametrize("C, C_out, L", [(32, 32, 3001), (64, 64, 2048), (64, 40, 1023)])
+def test_an_activation_before_the_convolution(C, C_out, L, K, dilation, dtype, fresh):
+    padding = dilation * (K - 1) // 2
+    case = Case("activated", 2, C, L, C_out, K, padding=padding, dilation=dilation)
+    text = f"mul %0 0.1; gt %0 0.0; where %2 %0 %1; conv; add %0 a0; out %1 {dtype_name(dtype)} NCL"
+    for seed in range(2):
+        x, weight, bias = make_inputs(case, dtype, "NCL", "cuda", seed)
+        residual = operand(*case.output_shape, seed=seed, dtype=dtype, device="cuda")
+        (y,) = call(x, weight, bias, case, text, [residual])
+        activated = F.leaky_relu(x.float(), 0.1).to(dtype)
+        assert_within_budget(y, float64(activated, weight, bias, case) + residual.double(), current_precision(dtype))
+    assert {made.plan.kernel for made in fused._calls.values()} == {"dense_halo"}
+
+
 def test_sines_of_any_argument(fresh):
     assert_sines_are_right("cuda")
 

@@ -26,6 +26,7 @@ from torch_conv_triton.graph.convolution import aten, static_problems
 from torch_conv_triton.graph.fold import fold
 from torch_conv_triton.graph.host_bound import left_to_aten
 from torch_conv_triton.graph.layout import choose_layouts
+from torch_conv_triton.graph.prologue import fold_prologues
 from torch_conv_triton.graph.report import ConvRecord, Recorder
 from torch_conv_triton.graph.rewrite import rewrite_convolutions
 from torch_conv_triton.problem import current_precision
@@ -107,6 +108,8 @@ class ConvolutionPass(CustomGraphPass):
             fold(graph, records)
         if self.options.layout:
             choose_layouts(graph, records)
+        if self.options.fold:
+            fold_prologues(graph, records)
         return records
 
     def _chained(self, graph: Graph) -> set[Node]:

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from torch_conv_triton.kernels.common import needs_int64, round_tf32, widen
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_outputs
 from torch_conv_triton.kernels.launch import launch
+from torch_conv_triton.kernels.program import prepare
 from torch_conv_triton.kernels.weight_chunks import pack_weight_chunks
 
 # triton 3.7 renamed it
@@ -95,12 +96,19 @@ def copy_weights(ws, w_ptrs, slot, i, W_TILE: gl.constexpr):
 
 @gluon.jit
 def store_slices(
-    xs, x_tile, SLICES: gl.constexpr, ROUND_X: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, CHUNK: gl.constexpr
+    xs,
+    x_tile,
+    SLICES: gl.constexpr,
+    PROLOGUE: gl.constexpr,
+    ROUND_X: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    CHUNK: gl.constexpr,
 ):
-    """Round the slices of a tile, and put them into shared memory chunk by chunk."""
+    """Put what is convolved of the slices of a tile, rounded, into shared memory chunk by chunk."""
     LAYOUT: gl.constexpr = chunked(BLOCK_M, BLOCK_K, CHUNK)
     for i in gl.static_range(SLICES):
-        x = x_tile[i]
+        x = prepare(x_tile[i], PROLOGUE)
         if ROUND_X:
             x = round_tf32(x)
         xs.index(i * (BLOCK_M * BLOCK_K // CHUNK))._reinterpret(x.dtype, [BLOCK_M, BLOCK_K], LAYOUT).store(x)
@@ -159,6 +167,7 @@ def conv1d_dense_halo_fwd_kernel(
     EXTRA: gl.constexpr,  # rows that the last taps read beyond the tile, for outputs that are not stored
     X_VECTOR: gl.constexpr,
     Y_VECTOR: gl.constexpr,
+    PROLOGUE: gl.constexpr,
     ROUND_X: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     EPILOGUE: gl.constexpr,
@@ -210,7 +219,7 @@ def conv1d_dense_halo_fwd_kernel(
             x_tile = load_tile(
                 x_ptr, tile, tiles_m, ahead, L_in, stride_xn, stride_xc, SLICES, STEP, tile_layout, BLOCK_M, BLOCK_K
             )
-        store_slices(xs, x_tile, SLICES, ROUND_X, BLOCK_M, BLOCK_K, CHUNK)
+        store_slices(xs, x_tile, SLICES, PROLOGUE, ROUND_X, BLOCK_M, BLOCK_K, CHUNK)
         if SLOTS == TILES_W:
             async_copy.wait_group(0)
         # products read shared memory through another path than stores write it
@@ -344,7 +353,8 @@ def conv1d_dense_halo(
         EXTRA=shape.extra,
         X_VECTOR=X,
         Y_VECTOR=Y,
-        ROUND_X=tf32 and not fusion.rounded,
+        PROLOGUE=fusion.prologue,
+        ROUND_X=tf32 and not (fusion.rounded and not fusion.prologue),
         HAS_BIAS=bias is not None,
         WEIGHTS_LEFT=config.weights_left,
         PREFETCH=config.prefetch,

@@ -38,6 +38,11 @@ def kernel_text(program: Program, kinds: Sequence[str], tf32: bool) -> str:
     return "; ".join([" ".join(kinds), *instructions, *(f"out {output.value}" for output in program.outputs)])
 
 
+def prologue_text(program: Program) -> str:
+    """What the program computes before the convolution, as kernels take it; empty for nothing."""
+    return "; ".join(["", *map(str, program.prologue), f"out %{len(program.prologue)}"]) if program.prologue else ""
+
+
 def operand_kind(operand: Tensor, shape: Sequence[int]) -> str:
     """The dimensions, of "ncl", along which an operand varies when it is broadcast to ``(N, C_out, L_out)``; "-" for none."""
     strides = operand.expand(shape).stride()
@@ -49,13 +54,14 @@ class Fusion:
     """What a fused convolution adds to the launch of a kernel.
 
     `epilogue`: a `kernel_text`. `tensors`: a second output if there is one, then the operands. `padding_mode`, `rounded`: as in
-    `Conv1dProblem`.
+    `Conv1dProblem`. `prologue`: a `prologue_text`, for kernels that take one.
     """
 
     epilogue: str = PLAIN
     tensors: tuple[Tensor, ...] = ()
     padding_mode: str = "zeros"
     rounded: bool = False
+    prologue: str = ""
 
     def arguments(self, y: Tensor) -> dict[str, object]:
         """The arguments that every kernel takes for `store_outputs`."""

@@ -184,3 +184,13 @@ def run_program(sums, read, EPILOGUE: tl.constexpr):
             value = tl.where(a != 0.0, b, resolve(known, word(EPILOGUE, i, 3), OPERANDS))
         known = known + (value,)
     return known
+
+
+@triton.jit
+def prepare(x, PROLOGUE: tl.constexpr):
+    """What is convolved of a tile of the input."""
+    if PROLOGUE == "":
+        return x
+    else:
+        known = run_program((x.to(tl.float32),), (), PROLOGUE)
+        return resolve(known, word(PROLOGUE, instructions(PROLOGUE), 1), 0).to(x.dtype)
