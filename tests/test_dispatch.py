@@ -73,7 +73,6 @@ CHOICES = {
     ),
     "depthwise, rows of any length": (problem((8, 5120, 2051), 5120, 4, groups=5120, dtype=BF16), "depthwise_toeplitz"),
     "depthwise, few taps": (problem((8, 5120, 2048), 5120, 9, padding=4, groups=5120, dtype=BF16), "depthwise_vector"),
-    "depthwise, decoding": (problem((64, 5376, 5), 5376, 4, groups=5376, dtype=BF16), "depthwise_short"),
     "depthwise, spread taps": (problem((8, 512, 4001), 512, 3, padding=128, dilation=128, groups=512), "depthwise"),
     "depthwise, many taps in NLC": (
         problem((16, 512, 1500), 512, 31, padding=15, groups=512, dtype=BF16, layout="NLC"),
@@ -88,8 +87,13 @@ CHOICES = {
     "transposed, stride 1, many channels": (problem((8, 512, 2000), 512, 3, padding=1, transposed=True), "transposed_tma"),
     "pointwise, bias": (problem((4, 128, 110080), 128, 1), "dense"),
     "pointwise": (problem((4, 128, 110080), 128, 1, bias=False), "aten"),
-    "one token": (problem((64, 1024, 5), 1024, 4, groups=1024, dtype=BF16), "aten"),
-    "long depthwise filter": (problem((32, 512, 750), 512, 63, padding=31, groups=512, dtype=FP16), "depthwise_toeplitz"),
+    "one token": (problem((64, 1024, 5), 1024, 4, groups=1024, dtype=BF16), "depthwise_short"),
+    "one token, many taps": (problem((64, 1024, 33), 1024, 32, groups=1024, dtype=BF16), "aten"),
+    "long depthwise filter": (problem((32, 512, 750), 512, 63, padding=31, groups=512, dtype=FP16), "depthwise_bands"),
+    "long depthwise filter, dilated": (
+        problem((32, 512, 750), 512, 31, padding=30, dilation=2, groups=512, dtype=FP16),
+        "depthwise_toeplitz",
+    ),
     "many channels upsampled": (problem((8, 512, 860), 256, 16, stride=8, padding=4, transposed=True), "transposed_tma"),
     "many channels upsampled, taps left over": (problem((2, 1024, 1024), 512, 16, stride=5, transposed=True), "aten"),
     "many products": (problem((4, 768, 3440), 768, 7, padding=3, bias=False), "dense_tma"),

@@ -104,8 +104,8 @@ def test_every_kernel_runs_programs(name, dtype, first, only):
 
 
 def test_the_families_are_all_of_those_that_fuse():
-    # the interpreter runs no Gluon: tests/gpu/test_gpu_halo.py has its own
-    assert {*map(kernel_of, FAMILIES), "dense_halo"} == set(dispatch.FUSING)
+    # the interpreter runs no Gluon: test_gpu_halo.py and test_gpu_bands.py in tests/gpu have their own
+    assert {*map(kernel_of, FAMILIES), "dense_halo", "depthwise_bands"} == set(dispatch.FUSING)
 
 
 def test_only_kernels_that_gather_are_asked_to_pad_by_a_mode():

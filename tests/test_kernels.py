@@ -177,6 +177,27 @@ def test_sums_over_channels_in_registers(length, dtype, channels_side_by_side):
     check_case(case, lambda x, w, b: execute.forward_with(plan, problem, x, w, b), dtype)
 
 
+# of 33 channels one is beyond the tiles, of 60 a tile is not full; windows reach beyond x, or samples start off 16 bytes
+FILTERS = (
+    Case("one_channel_left", 3, 1, 320, 33, 32, stride=8),
+    Case("a_tile_left", 2, 1, 304, 60, 64, stride=16, bias=False),
+    Case("padded", 2, 1, 300, 50, 64, stride=16, padding=20),
+    Case("samples_off_vectors", 2, 1, 302, 20, 32, stride=16),
+)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", FILTERS, ids=str)
+def test_windows_are_rows_of_x_or_of_its_copy(case, dtype, copied):
+    x, weight, bias = make_inputs(case, dtype)
+    x = x.clone()
+    problem = case.problem(x, weight, bias)
+    plan = dispatch.Plan("dense_frames", Config(16, 32, 32, tap_major=True, copy_to_nlc=copied), "")
+    y = execute.forward_with(plan, problem, x, weight, bias)
+    assert_within_budget(y, reference.conv1d(x, weight, bias, *case.geometry), problem.precision)
+
+
 @pytest.mark.parametrize("length", [61, 63, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(

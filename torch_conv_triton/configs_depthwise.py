@@ -7,19 +7,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch_conv_triton.configs import Config
-from torch_conv_triton.problem import Conv1dProblem, ceil_pow2
+import torch
+
+from torch_conv_triton.configs import INTERPRETER, Config, Device
+from torch_conv_triton.problem import INT32_MAX, Conv1dProblem, ceil_pow2
 
 # samples, outputs and taps of a row that a thread holds
 LONGEST_HELD = 16
+# positions of a row that is read by words, and registers of a thread for matrices and samples
+LONGEST_ROW, MOST_BAND_REGISTERS = 2**29, 96
 
 
-def depthwise_choices(problem: Conv1dProblem) -> list[tuple[str, Config, str]]:
+def depthwise_choices(problem: Conv1dProblem, device: Device) -> list[tuple[str, Config, str]]:
     """The depthwise kernels that can run a depthwise problem, as (name, config, reason), the preferred one last."""
     choices = [(1, "depthwise", depthwise_config(problem), "depthwise: moves bytes, there is no matrix to multiply")]
     if not toeplitz_refusal(problem):
         rank = 2 if prefers_toeplitz(problem) else 0
         choices.append((rank, "depthwise_toeplitz", toeplitz_config(problem), "taps as banded matrices on tensor cores"))
+    config = bands_config(problem)
+    if not bands_refusal(problem, device, config):
+        # p26 0.0129 against 0.0166, p27 0.0273 against 0.0317
+        rank = 3 if prefers_toeplitz(problem) and problem.K > 9 else 0
+        choices.append((rank, "depthwise_bands", config, "taps as banded matrices of what threads load themselves"))
     if not sliding_refusal(problem):
         # p20, whose rows of 2051 2-byte outputs start on odd addresses, 0.140 against 0.130
         rank = 3 if problem.y_strides[2] != 1 or problem.L_out * problem.dtype.itemsize % 4 == 0 else 0
@@ -58,8 +67,9 @@ def short_refusal(problem: Conv1dProblem) -> str | None:
 
 def short_config(problem: Conv1dProblem) -> Config:
     """Tile of the kernel for rows of a few samples: BLOCK_M samples x BLOCK_N channels, all positions."""
+    # us: p24 1x128 7.6, 2x128 7.8, 4x128 8.2; an empty launch is 4.6, a copy of as many bytes 9.1, cuDNN 14.8
     channels = min(128, max(32, ceil_pow2(problem.C_out)))
-    return Config(min(4, ceil_pow2(problem.N)), channels, num_warps=channels // 32, num_stages=1)
+    return Config(1, channels, num_warps=channels // 32, num_stages=1)
 
 
 def vector_refusal(problem: Conv1dProblem) -> str | None:
@@ -142,6 +152,37 @@ def toeplitz_refusal(problem: Conv1dProblem, config: Config | None = None) -> st
     if _kept_bytes(problem, config) > MOST_KEPT_BYTES * config.num_warps:
         return "the samples of a tile do not fit the registers"
     return None
+
+
+def bands_refusal(problem: Conv1dProblem, device: Device, config: Config) -> str | None:
+    """Why threads cannot load what their part of a banded product takes, or None."""
+    if device == INTERPRETER or torch.version.hip is not None:
+        return "its products are instructions of NVIDIA's"
+    if problem.transposed or problem.stride > 1 or problem.dilation > 1:
+        return "neighbouring outputs do not share neighbouring samples"
+    if problem.dtype.itemsize == 4 and problem.precision == "ieee":
+        return "full float32 takes three products of split operands"
+    if problem.x_strides[2] != 1 or problem.y_strides[2] != 1 or not problem.aligned:
+        return "rows are not contiguous, or do not start at words"
+    if problem.N > 1 and problem.x_strides[0] * problem.dtype.itemsize % 4:
+        return "samples do not start at words"
+    if max(problem.L_in, problem.L_out) > LONGEST_ROW or problem.N * problem.L_out > INT32_MAX:
+        return "positions pass 2^29"
+    kept = (2 * _band_slices(problem) + config.run - 1) * 2 * problem.dtype.itemsize
+    if kept > MOST_BAND_REGISTERS or not 1 <= config.run <= 4:
+        return "matrices and samples do not fit the registers"
+    return None
+
+
+def bands_config(problem: Conv1dProblem) -> Config:
+    """Tile of the banded product without a detour: 16 runs a warp of `run` blocks of 16 outputs."""
+    # p26 in runs of 2 0.0129, of 1 0.0150; p27 of 3 0.0273, of 2 0.0308; more tiles a program, or warps, gain nothing
+    return Config(16, 16, 16, num_warps=1, num_stages=1, run=3 if problem.L_out > 512 else 2)
+
+
+def _band_slices(problem: Conv1dProblem) -> int:
+    """Slices of 16 samples that carry to a block of 16 outputs."""
+    return (problem.K + 31) // 16
 
 
 def prefers_toeplitz(problem: Conv1dProblem) -> bool:

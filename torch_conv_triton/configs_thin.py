@@ -201,6 +201,7 @@ def frames_config(problem: Conv1dProblem, device: Device) -> Config:
         num_warps=8 if wide or device.capability >= 100 else 4,
         num_stages=3 if narrow else 4,
         tap_major=True,
+        copy_to_nlc=not narrow,
     )
     return fit(config, problem, device)
 

@@ -116,7 +116,7 @@ def launch_kernel(
         from torch_conv_triton.kernels.interleave import reversed_weight
 
         weight, padding = reversed_weight(weight, p.groups), p.dilation * (p.K - 1) - p.padding
-    if config.copy_to_nlc and plan.kernel.startswith("dense"):
+    if config.copy_to_nlc and plan.kernel.startswith("dense") and plan.kernel != "dense_frames":
         from torch_conv_triton.kernels.layout import channels_last_copy
 
         # whole strides and blocks of channels: the tensor-descriptor kernel sees x as rows of `stride` samples, and zeros beyond
@@ -131,6 +131,10 @@ def launch_kernel(
         from torch_conv_triton.kernels.depthwise_toeplitz import conv1d_depthwise_toeplitz
 
         conv1d_depthwise_toeplitz(x, weight, bias, y, p.stride, p.padding, p.dilation, p.transposed, tf32, config, fusion)
+    elif plan.kernel == "depthwise_bands":
+        from torch_conv_triton.kernels.depthwise_bands import conv1d_depthwise_bands
+
+        conv1d_depthwise_bands(x, weight, bias, y, p.padding, tf32, config, fusion)
     elif plan.kernel == "depthwise_short":
         from torch_conv_triton.kernels.depthwise_short import conv1d_depthwise_short
 

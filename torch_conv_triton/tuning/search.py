@@ -204,6 +204,11 @@ def _depthwise(problem: Conv1dProblem, device: Device, start: Config, accepted: 
     )
 
 
+def _depthwise_bands(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
+    for warps in (1, 2):
+        yield from nearest(replace(start, BLOCK_M=16 * warps, num_warps=warps), 6, accepted, run=(1, 2, 3, 4), steps=(1, 2, 4, 8))
+
+
 def _depthwise_short(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
     yield from nearest(
         start,
@@ -363,16 +368,18 @@ def _runs_of_outputs(problem: Conv1dProblem, device: Device, start: Config, acce
 
 
 def _frames(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
-    yield from nearest(
-        start,
-        8,
-        partial(_product_tile, accepted),
-        BLOCK_M=(64, 128, 256),
-        BLOCK_N=_channel_blocks(problem, 256),
-        BLOCK_K=(32, 64),
-        num_warps=(4, 8),
-        num_stages=(2, 3, 4),
-    )
+    # the copy of x rounds it, where threads would otherwise do so in registers
+    for copied in (False, True):
+        yield from nearest(
+            replace(start, copy_to_nlc=copied),
+            6,
+            partial(_product_tile, accepted),
+            BLOCK_M=(64, 128, 256),
+            BLOCK_N=_channel_blocks(problem, 256),
+            BLOCK_K=(32, 64),
+            num_warps=(4, 8),
+            num_stages=(2, 3, 4),
+        )
 
 
 def _skewed(problem: Conv1dProblem, device: Device, start: Config, accepted: Callable[[Config], bool]) -> Steps:
@@ -406,6 +413,7 @@ _STEPS: dict[str, Callable[[Conv1dProblem, Device, Config, Callable[[Config], bo
     "transposed_interleaved": _interleaved,
     "transposed_tma": _transposed_tma,
     "depthwise": _depthwise,
+    "depthwise_bands": _depthwise_bands,
     "depthwise_short": _depthwise_short,
     "depthwise_vector": _depthwise_vector,
     "depthwise_skewed": _depthwise_skewed,
