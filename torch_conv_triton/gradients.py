@@ -22,8 +22,8 @@ from torch_conv_triton.dispatch_gradients import (
 )
 from torch_conv_triton.problem import Conv1dProblem, check_arguments, contiguous_strides, current_precision, output_length
 
-# kernels that run a depthwise convolution transposed as they run it plain: of stride 1, it has the taps reversed. "depthwise" does
-# too, but then looks for its taps: p24 0.024, with the taps reversed beforehand 0.018
+# kernels that run a depthwise convolution transposed as they run it plain: of stride 1, it has the taps reversed. "depthwise"
+# does too, but then looks for its taps: p24 0.024, with the taps reversed beforehand 0.018
 REVERSING = ("depthwise_toeplitz",)
 
 _input_calls: dict[tuple, Call] = {}
