@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from torch_conv_triton import dispatch, fused, reference
 from torch_conv_triton.configs import Config
-from torch_conv_triton.testing import Case, float32_precision, in_nan_buffer, poisoned_allocations
+from torch_conv_triton.problem import dtype_name
+from torch_conv_triton.testing import Case, float32_precision, in_nan_buffer, make_inputs, poisoned_allocations
 
 # name: (text of the activation of %0, which ends in the last value; the same in torch), in float64 alike
 CHAINS = {
@@ -69,12 +70,45 @@ BY_ROWS = ("depthwise_vector", "depthwise_toeplitz")
 PROGRAM = "add %0 a0; mul %1 0.1; gt %1 0.0; where %3 %1 %2; mul %4 a1; add %5 a2"
 
 
+# a gate of both halves of the channels, after something was added to the first and before a residual, and the second half
+GATE = "halve; add %0 a0; tanh %2; sigmoid %1; mul %3 %4; add %5 a1"
+# every way in which a kernel computes it
+GATED = {
+    "dense": (Case("gated", 2, 32, 71, 74, 3, padding=2, dilation=2), "NCL", None),
+    "dense_channels_last": (Case("gated", 2, 32, 71, 48, 5, stride=2, padding=2), "NLC", Config(32, 32, 32, tap_major=True)),
+    "dense_weights_left": (
+        Case("gated", 2, 32, 71, 72, 3, padding=1),
+        "NCL",
+        Config(64, 64, 16, tap_major=True, weights_left=True),
+    ),
+    "dense_over_samples": (Case("gated", 3, 32, 7, 40, 3, padding=1), "NCL", None),
+    "dense_in_pieces": (Case("gated", 1, 32, 150, 138, 3, padding=1), "NLC", Config(128, 128, 32, tap_major=True)),
+    "dense_in_pieces_left": (Case("gated", 1, 32, 150, 138, 1), "NCL", Config(128, 128, 16, weights_left=True)),
+    "dense_tma": (Case("gated", 2, 32, 70, 42, 4, stride=2, padding=1), "NLC", None),
+    "dense_tma_in_pieces": (Case("gated", 1, 32, 70, 138, 3, padding=1), "NLC", Config(128, 128, 32, tap_major=True)),
+}
+
+
+def gated(case, dtype, layout, first, rounded, seed=0, device="cpu"):
+    """What runs `GATE` on a problem, and what it then computes of it in float64: gate and second half."""
+    second = "NLC" if first == "NCL" else "NCL"
+    x, weight, bias = make_inputs(case, dtype, layout, device, seed)
+    if rounded:
+        x = nearest_tf32(x)
+    N, C_out, L = case.output_shape
+    operands = [operand(*shape, layout=second, seed=seed, device=device) for shape in ((N, C_out // 2, 1), (N, C_out // 2, L))]
+    text = f"{GATE}; out %6 {dtype_name(dtype)} {first}; out %1 fp32 {second}"
+    a, b = float64(x, weight, bias, case).chunk(2, 1)
+    condition, residual = (o.double() for o in operands)
+    return (x, weight, bias, case, text, operands, rounded), ((a + condition).tanh() * b.sigmoid() + residual, b)
+
+
 def kernel_of(name):
     return next(kernel for kernel in sorted(dispatch.FUSING, key=len, reverse=True) if name.startswith(kernel))
 
 
 def family_plan(name, problem, device=dispatch.INTERPRETER):
-    config = FAMILIES[name][2]
+    config = (FAMILIES | GATED)[name][2]
     if config is not None:
         return dispatch.Plan(kernel_of(name), config, "")
     return next(plan for plan in dispatch.candidates(problem, device) if plan.kernel == kernel_of(name))

@@ -8,7 +8,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 from torch_conv_triton import dispatch
-from torch_conv_triton.dispatch import aten
+from torch_conv_triton.dispatch import Plan, aten
 from torch_conv_triton.graph.call import OperatorCall
 
 
@@ -142,7 +142,7 @@ def test_what_does_not_cut_the_ends_is_left(function):
 
 SLOPE, ALPHA = torch.rand(6), torch.rand(1, 6, 1)
 SAME = torch.randn(2, 6, 14)
-MASK = SAME > 0
+MASK, MASK_OF_POSITIONS = SAME > 0, torch.rand(2, 1, 14) > 0.5
 ACTIVATIONS = {
     "relu": (F.relu, "max %0 0.0"),
     "leaky relu": (lambda y: F.leaky_relu(y, 0.1), "gt %0 0.0; mul %0 0.1; where %1 %0 %2"),
@@ -163,6 +163,7 @@ ACTIVATIONS = {
     "residual, then relu": (lambda y: F.relu(y + SAME), "add %0 a0; max %1 0.0"),
     "relu, then residual": (lambda y: 2 * SAME - F.relu(y), "max %0 0.0; mul a0 2.0; sub %2 %1"),
     "mask": (lambda y: y * MASK.float(), "mul %0 a0"),
+    "masked fill": (lambda y: y.masked_fill(MASK_OF_POSITIONS, 0.0), "where a0 0.0 %0"),
     "gate": (lambda y: y * torch.sigmoid(SAME), "sigmoid a0; mul %0 %1"),
     "softplus": (F.softplus, "gt %0 20.0; exp %0; log1p %2; where %1 %0 %3"),
 }
@@ -263,6 +264,135 @@ def test_the_operand_may_be_computed_after_the_convolution():
     other = torch.randn(8, 14)
     graph = after(lambda x: F.conv1d(x, W) + (x.mean(2) @ other.reshape(4, 28)[:, :14])[:, None], X)
     assert "add %0 a0" in graph
+
+
+# halves of the channels
+
+CONDITION, DOUBLE = torch.randn(2, 6, 1), torch.randn(12, 6, 3)
+
+
+def gate(y):
+    first, second = y.chunk(2, 1)
+    return torch.tanh(first) * torch.sigmoid(second)
+
+
+def test_a_gated_linear_unit_is_computed_of_both_halves():
+    assert_expected_inline(
+        after(lambda x: F.glu(F.conv1d(x, W, B), 1), X),
+        """\
+v0: float32[2, 3, 14] = triton_conv.conv1d_fused.one(in0, in1, in2, 1, [0, 0], 1, 1, False, zeros, halve; sigmoid %1; mul %0 %2; out %3 fp32 NCL, [], False)
+return [v0]
+""",  # noqa: E501
+    )
+
+
+def test_a_gate_is_computed_of_what_is_added_to_the_whole():
+    def wavenet(x, condition):
+        return gate(F.conv1d(F.pad(x, (2, 0)), W, B) + condition)
+
+    assert_expected_inline(
+        after(wavenet, X, CONDITION),
+        """\
+v0: float32[2, 3, 1] = aten.slice.Tensor(in3, 1, 3, 6)
+v1: float32[2, 3, 1] = aten.slice.Tensor(in3, 1, 0, 3)
+v2: float32[2, 3, 16] = triton_conv.conv1d_fused.one(in0, in1, in2, 1, [2, 0], 1, 1, False, zeros, halve; add %0 a0; add %1 a1; tanh %2; sigmoid %3; mul %4 %5; out %6 fp32 NCL, [v1, v0], False)
+return [v2]
+""",  # noqa: E501
+    )
+
+
+def test_halves_may_go_different_ways():
+    def residual_and_skip(x, skip):
+        first, second = F.conv1d(x, DOUBLE, padding=1).split(6, 1)
+        return x + first, skip + second
+
+    assert_expected_inline(
+        after(residual_and_skip, SAME, SAME.clone()),
+        """\
+v0 = triton_conv.conv1d_fused.default(in0, in1, None, 1, [1, 1], 1, 1, False, zeros, halve; add %0 a0; add %1 a1; out %2 fp32 NCL; out %3 fp32 NCL, [in0, in2], False)
+v1: float32[2, 6, 14] = getitem(v0, 0)
+v2: float32[2, 6, 14] = getitem(v0, 1)
+return [v1, v2]
+""",  # noqa: E501
+    )
+
+
+GATES = {
+    "slices": (lambda y: torch.tanh(y[:, :3]) * torch.sigmoid(y[:, 3:]), "halve; tanh %0; sigmoid %1; mul %2 %3"),
+    "slices from the end": (lambda y: y[:, -3:] * torch.relu(y[:, :-3]), "halve; max %0 0.0; mul %1 %2"),
+    "split": (lambda y: torch.sub(*y.split([3, 3], 1)), "halve; sub %0 %1"),
+    "SwiGLU": (lambda y: F.silu(y[:, :3]) * y[:, 3:], "halve; neg %0; exp %2; add %3 1.0; div %0 %4; mul %5 %1"),
+    "before and after": (
+        lambda y: F.relu(gate(y * 0.5) + 1),
+        "halve; mul %0 0.5; mul %1 0.5; tanh %2; sigmoid %3; mul %4 %5; add %6 1.0; max %7 0.0",
+    ),
+    "a residual": (lambda y: SAME[:, :3] - F.glu(F.relu(y), 1), "sub a0 %5"),
+    "a scale by channel": (lambda y: F.glu(y * ALPHA, 1), "halve; mul %0 a0; mul %1 a1; sigmoid %3; mul %2 %4"),
+    "one half alone": (lambda y: torch.tanh(y[:, 3:]), "halve; tanh %1"),
+    "another convolution": (lambda y: F.conv1d(F.glu(y, 1), W[:, :3]), "halve; sigmoid %1; mul %0 %2; tf32 %3; out %4 fp32 NCL"),
+}
+
+
+@pytest.mark.parametrize(("function", "program"), GATES.values(), ids=GATES)
+def test_what_is_computed_of_halves_becomes_the_epilogue(function, program):
+    graph = after(lambda x: function(F.conv1d(x, W, B)), X)
+    assert program in graph and graph.count("conv1d.default") == 0
+    # operands are cut in half, and then there are views of them
+    assert graph.count("aten.") == graph.count("aten.slice")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gates_of_half_precision_are_rounded_once(dtype):
+    graph = after(lambda x: gate(F.conv1d(x, W.to(dtype))), X.to(dtype))
+    assert "halve; tanh %0; sigmoid %1; mul %2 %3; out %4" in graph and "float32" not in graph
+
+
+def test_gates_of_lengths_that_change_are_folded():
+    graph = after(lambda x: gate(F.conv1d(x, W, padding=1) + x.mean(2)[:, :1, None]), X, dynamic=True)
+    assert "halve; add %0 a0; add %1 a0; tanh %2; sigmoid %3; mul %4 %5" in graph
+
+
+NOT_HALVES = {
+    "another user of the whole": lambda y: F.glu(y, 1).sum() + y.sum(),
+    "unequal parts": lambda y: torch.tanh(y[:, :2]) * torch.sigmoid(y[:, 4:]),
+    "more parts": lambda y: y.chunk(3, 1)[0] * y.chunk(3, 1)[1],
+    "over the length": lambda y: F.glu(y, 2),
+    "over the samples": lambda y: y[:1] * torch.sigmoid(y[1:]),
+    "every other channel": lambda y: y[:, ::2] * torch.sigmoid(y[:, 1::2]),
+    "three values to store": lambda y: (y[:, :3] + 1, y[:, :3] * 2, y[:, 3:] * 3),
+    "only views": lambda y: torch.cumsum(y[:, :3], 2) + torch.cumsum(y[:, 3:], 2),
+    "a view that is returned": lambda y: (torch.tanh(y[:, :3]), y[:, 3:]),
+    "a reduction of the whole": lambda y: F.glu(F.softmax(y, 1), 1),
+}
+
+
+@pytest.mark.parametrize("function", NOT_HALVES.values(), ids=NOT_HALVES)
+def test_what_is_not_of_two_halves_is_left(function):
+    assert "halve" not in after(lambda x: function(F.conv1d(x, W)), X)
+
+
+def test_gates_of_grouped_and_of_transposed_convolutions_are_left():
+    weight, across = torch.randn(8, 2, 3), torch.randn(4, 6, 3)
+    assert "halve" not in after(lambda x: F.glu(F.conv1d(x, weight, groups=2), 1), X)
+    assert "halve" not in after(lambda x: F.glu(F.conv_transpose1d(x, across), 1), X)
+
+
+def test_a_gate_of_two_channels_is_left():
+    assert not folded(after(lambda x: gate(F.conv1d(x, W[:2])), X))
+
+
+def test_gates_are_left_where_another_kernel_is_the_fastest_without_them(monkeypatch):
+    plan = OperatorCall.plan
+    persistent = Plan("dense_persistent", None, "")
+    monkeypatch.setattr(OperatorCall, "plan", lambda call: plan(call) if call.program.instructions else persistent)
+    graph = after(lambda x: F.glu(F.relu(F.conv1d(x, W)), 1), X)
+    assert "max %0 0.0; out %1" in graph and "aten.glu" in graph
+
+
+def test_what_stands_before_a_gate_is_folded_where_the_gate_cannot_be():
+    weight = torch.randn(8, 2, 3)
+    graph = after(lambda x: F.glu(F.relu(F.conv1d(x, weight, groups=2)), 1), X)
+    assert "max %0 0.0; out %1" in graph and "aten.glu" in graph and "slice" not in graph
 
 
 LEFT = {

@@ -93,6 +93,26 @@ class ConformerModule(nn.Module):
         return x + self.two(F.silu(self.batch_norm(self.depthwise(y))))
 
 
+class WaveNet(nn.Module):
+    """Gates of tanh and sigmoid, conditioned by sample, residual and skip in one convolution, as in the flow of VITS."""
+
+    def __init__(self, C=8):
+        super().__init__()
+        self.first, self.last = nn.Conv1d(4, C, 1), nn.Conv1d(C, 4, 1)
+        self.condition = nn.Linear(4, 2 * C)
+        self.gates = nn.ModuleList(nn.Conv1d(C, 2 * C, 3, padding=dilation, dilation=dilation) for dilation in (1, 2))
+        self.outs = nn.ModuleList(nn.Conv1d(C, 2 * C, 1) for _ in self.gates)
+
+    def forward(self, x):
+        condition, skips = self.condition(x.mean(2))[:, :, None], 0
+        x = self.first(x)
+        for gate, out in zip(self.gates, self.outs, strict=True):
+            left, right = (gate(x) + condition).chunk(2, 1)
+            residual, skip = out(torch.tanh(left) * torch.sigmoid(right)).chunk(2, 1)
+            x, skips = x + residual, skips + skip
+        return self.last(F.relu(skips))
+
+
 class PaddedCodec(nn.Module):
     """Encodec: padding by reflection (and by the other modes), ELU, residuals, a transposed convolution that is cut."""
 
@@ -139,7 +159,8 @@ MODELS = {
     "vocoder": (Vocoder, (2, 6, 12), 11, 11),
     "codec": (Codec, (2, 1, 32), 4, 4),
     "causal": (CausalNetwork, (2, 4, 20), 3, 2),
-    "conformer": (ConformerModule, (2, 8, 20), 2, 3),
+    "conformer": (ConformerModule, (2, 8, 20), 3, 3),
+    "wavenet": (WaveNet, (2, 4, 20), 4, 6),
     "padded codec": (PaddedCodec, (2, 4, 20), 3, 4),
     "separator": (Separator, (2, 4, 15), 6, 8),
 }

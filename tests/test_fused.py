@@ -82,6 +82,7 @@ def test_the_epilogue_is_computed_and_every_output_has_its_dtype_and_layout(tens
         ({"epilogue": "add %0 a1; out %1 fp32 NCL", "operands": [torch.zeros(())]}, "reads 2 operands, but got 1"),
         ({"epilogue": "add %0 a0; out %1 fp32 NCL", "operands": [torch.zeros(6)]}, "does not broadcast"),
         ({"epilogue": "add %0 a0; out %1 fp32 NCL", "operands": [torch.zeros(1, 1, 1, 1)]}, "does not broadcast"),
+        ({"epilogue": "halve; add %0 a0; out %2 fp32 NCL", "operands": [torch.zeros(6, 1)]}, "does not broadcast"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -93,11 +94,35 @@ def test_arguments_without_meaning_are_refused(tensors, arguments, message):
         call(x, weight, **arguments)
 
 
+def test_an_odd_number_of_channels_has_no_halves(tensors):
+    x, weight, _ = tensors
+    with pytest.raises(ValueError, match="5 channels have no halves"):
+        call(x, weight[:5], epilogue="halve; out %0 fp32 NCL")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_is_computed_of_halves_has_half_the_channels(tensors, groups):
+    x, weight, bias = tensors
+    operand, weight = torch.randn(3, 1), weight[:, : 8 // groups]
+    text = "halve; sigmoid %1; mul %0 %2; add %3 a0; out %4 fp32 NLC"
+    (y,) = call(x, weight, bias, padding=(1, 1), groups=groups, epilogue=text, operands=[operand])
+    expected = F.glu(F.conv1d(x.double(), weight.double(), bias.double(), padding=1, groups=groups), 1) + operand
+    assert_within_budget(y, expected, "tf32")
+    assert y.stride() == (99, 1, 3)
+
+
 @pytest.mark.parametrize("N", [0, 2])
-def test_the_operator_keeps_its_contract(N):
-    x, weight, bias = torch.randn(N, 8, 33), torch.randn(6, 8, 3), torch.randn(6)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mul %0 a1; add %1 a0; div %2 a2; out %3 bf16 NLC; out %0 fp32 NCL",
+        "halve; mul %0 a1; add %2 a0; div %3 a2; out %4 bf16 NLC; out %1 fp32 NCL",
+    ],
+)
+def test_the_operator_keeps_its_contract(N, text):
+    C_out = 12 if "halve" in text else 6
+    x, weight, bias = torch.randn(N, 8, 33), torch.randn(C_out, 8, 3), torch.randn(C_out)
     operands = [torch.randn(N, 6, 17), torch.randn(6, 1), torch.tensor(2.0)]
-    text = "mul %0 a1; add %1 a0; div %2 a2; out %3 bf16 NLC; out %0 fp32 NCL"
     arguments = x, weight, bias, 2, [1, 1], 1, 1, False, "zeros", text, operands, False
     torch.library.opcheck(
         fused.conv1d_fused, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -9,11 +9,13 @@ from fused_cases import (
     BY_ROWS,
     CHAINS,
     FAMILIES,
+    GATED,
     PROGRAM,
     assert_sines_are_right,
     call,
     family_plan,
     float64,
+    gated,
     kernel_of,
     nearest_tf32,
     operand,
@@ -32,7 +34,7 @@ def only(monkeypatch):
     """Makes one plan run every fused call."""
 
     def run(plan):
-        monkeypatch.setattr(dispatch, "fused_plan", lambda problem, device, beside: plan)
+        monkeypatch.setattr(dispatch, "fused_plan", lambda *_: plan)
         monkeypatch.setattr(fused, "_calls", {})
 
     return run
@@ -103,6 +105,42 @@ def test_every_kernel_runs_programs(name, dtype, first, only):
     assert y.stride() == order[first] and before.stride() == order[second]
 
 
+@pytest.mark.parametrize(
+    "first, dtype", [("NCL", torch.bfloat16), ("NLC", torch.float32), ("NLC", torch.float16), ("NCL", torch.float32)], ids=str
+)
+@pytest.mark.parametrize("name", GATED)
+def test_gates_of_both_halves_of_the_channels(name, dtype, first, only):
+    case, layout, _ = GATED[name]
+    arguments, expected = gated(case, dtype, layout, first, rounded=name.startswith("dense_tma") and dtype == torch.float32)
+    x, weight, bias, _, text, operands, rounded = arguments
+    geometry = case.stride, [case.padding, case.padding], case.dilation, 1, False, "zeros"
+    only(family_plan(name, problem_of(x, weight, bias, *geometry, text, operands, rounded)))
+    precision = "tf32" if dtype == torch.float32 else "ieee"
+    for actual, exact in zip(call(*arguments), expected, strict=True):
+        assert_within_budget(actual, exact, precision)
+
+
+def test_gates_in_full_float32_and_with_padding_by_a_mode():
+    case, layout, _ = GATED["dense"]
+    x, weight, bias = make_inputs(case, torch.float32, layout)
+    with float32_precision("ieee"):
+        (y,) = call(x, weight, bias, case, "halve; sigmoid %1; mul %0 %2; out %3 fp32 NCL", mode="reflect")
+    whole = float64(F.pad(x, (case.padding, case.padding), "reflect"), weight, bias, case, padding=0)
+    assert_within_budget(y, F.glu(whole, 1))
+
+
+def test_gates_keep_non_finite_values_where_they_are():
+    case, layout, _ = GATED["dense"]
+    x, weight, bias = make_inputs(case, torch.float32, layout)
+    x[0, 1, 7], x[1, 3, 30] = torch.nan, torch.inf
+    (y,) = call(x, weight, bias, case, "halve; sigmoid %1; mul %0 %2; out %3 fp32 NLC")
+    assert_within_budget(y, F.glu(float64(x, weight, bias, case), 1), "tf32")
+
+
+def test_gates_are_computed_by_every_kernel_that_is_said_to():
+    assert {*map(kernel_of, GATED)} == set(dispatch.HALVING)
+
+
 def test_the_families_are_all_of_those_that_fuse():
     # the interpreter runs no Gluon: test_gpu_halo.py and test_gpu_bands.py in tests/gpu have their own
     assert {*map(kernel_of, FAMILIES), "dense_halo", "depthwise_bands"} == set(dispatch.FUSING)
@@ -128,6 +166,18 @@ def test_operands_of_any_shape_that_broadcasts(shape, length):
     other = operand(*shape) if shape else torch.tensor(0.75)
     (y,) = call(x, weight, bias, case, "add %0 a0; out %1 fp32 NCL", [other])
     assert_within_budget(y, float64(x, weight, bias, case) + other.double(), "tf32")
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 37), (2, 1, 37)])
+def test_an_operand_may_be_a_mask(shape):
+    x, weight, bias = make_inputs(DENSE, torch.float32)
+    mask = operand(*shape, layout="NLC") > 0
+    (y,) = call(x, weight, bias, DENSE, "where a0 0.5 %0; out %1 fp32 NLC", [mask])
+    assert_within_budget(y, float64(x, weight, bias, DENSE).masked_fill(mask, 0.5), "tf32")
+    plan = fused.plan(
+        fused.Arguments(x, weight, bias, 1, [1, 1], 1, 1, False, "zeros", "mul %0 a0; out %1 fp32 NCL", [mask], False)
+    )
+    assert not plan.is_aten
 
 
 def test_one_tensor_may_be_given_several_times():

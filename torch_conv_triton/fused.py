@@ -56,7 +56,7 @@ class Arguments(NamedTuple):
     transposed: bool
     padding_mode: str  # one of PADDING_MODES
     epilogue: str  # the text of a `Program`
-    operands: Sequence[Tensor]  # a0, a1, ... of the program; each broadcasts to (N, C_out, L_out)
+    operands: Sequence[Tensor]  # a0, a1, ... of the program; each broadcasts to the outputs
     rounded: bool  # input holds TF32 values
 
     @property
@@ -85,7 +85,9 @@ def check_fused(a: Arguments) -> tuple[Program, int]:
     program = parse(a.epilogue, a.input.dtype)
     if program.operands > len(a.operands):
         raise ValueError(f"the epilogue reads {program.operands} operands, but got {len(a.operands)}: {a.epilogue}")
-    shape = a.input.shape[0], a.C_out, L_out
+    if program.halves and a.C_out % 2:
+        raise ValueError(f"{a.C_out} channels have no halves: {a.epilogue}")
+    shape = a.input.shape[0], program.channels(a.C_out), L_out
     for i, operand in enumerate(a.operands):
         if operand.dim() > 3:
             raise RuntimeError(f"operand a{i} of size {list(operand.shape)} does not broadcast to {list(shape)}")
@@ -125,20 +127,21 @@ def plan(a: Arguments) -> Plan:
     """How the operator would run these arguments, and why. Tensors need no memory."""
     program = parse(a.epilogue, a.input.dtype)
     stored = [output.dtype for output in program.outputs]
-    for dtype in (*stored, *(operand.dtype for operand in a.operands)):
+    read = [operand.dtype for operand in a.operands if operand.dtype != torch.bool]
+    for dtype in (*stored, *read):
         if dtype not in KERNEL_DTYPES:
             return aten(f"{dtype_name(dtype)} is computed by aten")
     beside = len(stored) > 1 or any(operand.dim() > 1 and min(operand.shape[-2:]) > 1 for operand in a.operands)
     problem, device = problem_of(a), dispatch.device_for(a.input.device)
     if program == parse("", a.input.dtype) and a.padding_mode == "zeros" and problem.padding_end is None:
         return dispatch.plan(problem, device)
-    found = dispatch.fused_plan(problem, device, beside)
+    found = dispatch.fused_plan(problem, device, beside, program.halves)
     if found.is_aten and not problem.has_bias and any(instruction.name != "tf32" for instruction in program.instructions):
         # what follows costs aten a pass over the output, as a bias does, and our kernels nothing
-        found = dispatch.fused_plan(replace(problem, has_bias=True), device, beside)
+        found = dispatch.fused_plan(replace(problem, has_bias=True), device, beside, program.halves)
     if program.prologue and not found.is_aten and found.kernel not in PREPARING:
-        reason = "no kernel of ours computes what comes before this convolution"
-        return next((c for c in dispatch.candidates(problem, device) if c.kernel in PREPARING), aten(reason))
+        able = [] if program.halves else [c for c in dispatch.candidates(problem, device) if c.kernel in PREPARING]
+        return able[0] if able else aten("no kernel of ours computes what comes before this convolution")
     return found
 
 
@@ -213,12 +216,13 @@ class FusedCall(Call):
         """The call of the operator with these arguments; `firsts` says where among the tensors each operand is first given."""
         program, L_out = check_fused(arguments)
         problem = problem_of(arguments)
+        C = program.channels(problem.C_out)
         call = cls(
             problem=problem,
             plan=plan(arguments),
             program=program,
-            shape=(problem.N, problem.C_out, L_out),
-            allocations=[(output.strides(problem.C_out, L_out), output.dtype) for output in program.outputs],
+            shape=(problem.N, C, L_out),
+            allocations=[(output.strides(C, L_out), output.dtype) for output in program.outputs],
             distinct=sorted({i for i in firsts if i >= 2 + problem.has_bias}),
         )
         if not call.plan.is_aten:

@@ -7,11 +7,13 @@ from fused_cases import (
     BY_ROWS,
     CHAINS,
     FAMILIES,
+    GATED,
     PROGRAM,
     assert_sines_are_right,
     call,
     family_plan,
     float64,
+    gated,
     kernel_of,
     nearest_tf32,
     operand,
@@ -62,11 +64,44 @@ def test_every_kernel_runs_programs(name, dtype, first, fresh):
     if kernel_of(name) in BY_ROWS:
         first = "NCL"
 
-    def plan(problem, device, beside):
-        return family_plan(name, problem, device)
-
-    fresh.setattr(dispatch, "fused_plan", plan)
+    fresh.setattr(dispatch, "fused_plan", lambda problem, device, *_: family_plan(name, problem, device))
     run_program(case, dtype, layout, first, rounded)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_kernel_reads_masks(name, fresh):
+    case, layout, _ = FAMILIES[name]
+    fresh.setattr(dispatch, "fused_plan", lambda problem, device, *_: family_plan(name, problem, device))
+    x, weight, bias = make_inputs(case, torch.bfloat16, layout, "cuda")
+    N, _, L = case.output_shape
+    masks = [operand(*shape, device="cuda") > 0 for shape in (case.output_shape, (N, 1, L))]
+    (y,) = call(x, weight, bias, case, "where a0 0.5 %0; where a1 -2.0 %1; out %2 bf16 NCL", masks)
+    assert_within_budget(y, float64(x, weight, bias, case).masked_fill(masks[0], 0.5).masked_fill(masks[1], -2))
+
+
+@pytest.mark.parametrize(
+    "first, dtype", [("NCL", torch.bfloat16), ("NLC", torch.float32), ("NLC", torch.float16), ("NCL", torch.float32)], ids=str
+)
+@pytest.mark.parametrize("name", GATED)
+def test_gates_of_both_halves_of_the_channels(name, dtype, first, fresh):
+    case, layout, _ = GATED[name]
+    fresh.setattr(dispatch, "fused_plan", lambda problem, device, *_: family_plan(name, problem, device))
+    rounded = name.startswith("dense_tma") and dtype == torch.float32
+    for seed in range(3):
+        arguments, expected = gated(case, dtype, layout, first, rounded, seed, "cuda")
+        for actual, exact in zip(call(*arguments), expected, strict=True):
+            assert_within_budget(actual, exact, current_precision(dtype))
+
+
+@pytest.mark.parametrize("layout", ["NCL", "NLC"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("K", [1, 5])
+def test_plans_of_large_gates(dtype, layout, K, fresh):
+    case = Case("large", 4, 192, 3001, 390, K, padding=K // 2)
+    for seed in range(2):
+        arguments, expected = gated(case, dtype, layout, layout, layout == "NLC" and dtype == torch.float32, seed, "cuda")
+        for actual, exact in zip(call(*arguments), expected, strict=True):
+            assert_within_budget(actual, exact, current_precision(dtype))
 
 
 @pytest.mark.parametrize("layout", ["NCL", "NLC"])

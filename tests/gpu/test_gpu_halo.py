@@ -102,6 +102,17 @@ def test_it_runs_programs(case, dtype, first, monkeypatch):
         assert_within_budget(y, F.leaky_relu(expected, 0.1) * scale + shift, current_precision(dtype))
 
 
+def test_it_reads_masks(monkeypatch):
+    monkeypatch.setattr(fused, "_calls", {})
+    monkeypatch.setattr(dispatch, "fused_plan", lambda problem, *_: Plan("dense_halo", halo_config(problem), ""))
+    case = CASES[0]
+    x, weight, bias = make_inputs(case, torch.bfloat16, device="cuda")
+    N, _, L = case.output_shape
+    masks = [operand(*shape, device="cuda") > 0 for shape in (case.output_shape, (N, 1, L))]
+    (y,) = call(x, weight, bias, case, "where a0 0.5 %0; where a1 -2.0 %1; out %2 bf16 NCL", masks)
+    assert_within_budget(y, float64(x, weight, bias, case).masked_fill(masks[0], 0.5).masked_fill(masks[1], -2))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_non_finite_values_spread_as_in_aten(dtype, value):

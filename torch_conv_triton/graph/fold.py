@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
+from torch_conv_triton.dispatch import HALVING, Plan
 from torch_conv_triton.graph.call import CONVOLUTIONS, OperatorCall
 from torch_conv_triton.graph.convolution import aten, before_writes, writes
-from torch_conv_triton.graph.epilogue import Epilogue, grow_epilogue, is_read_from_memory
+from torch_conv_triton.graph.epilogue import Epilogue, grow_epilogues, is_read_from_memory
 from torch_conv_triton.graph.padding import fold_crop, fold_padding
 from torch_conv_triton.graph.report import ConvRecord
 
@@ -50,15 +51,25 @@ def _fold_one(graph: Graph, node: Node, first_write: Node | None, records: dict[
     if crop:
         words.append(f"cut {crop[0]}+{crop[1]}")
     bare = Fold(call, tuple(dict.fromkeys((node, result))), (result,), tuple(words))
-    epilogue = grow_epilogue(graph, result, first_write)
-    for candidate in (_with_epilogue(bare, epilogue), bare):
-        if candidate is None or not candidate.words:
+    epilogues = grow_epilogues(graph, result, first_write)
+    for candidate in (*(_with_epilogue(bare, epilogue) for epilogue in epilogues), bare):
+        if not candidate.words:
             continue
         plan = candidate.call.plan()
-        if not plan.is_aten and (not whole.plan().is_aten or _saves_a_pass(candidate)):
+        if not plan.is_aten and _is_gain(candidate, whole.plan()):
             record = ConvRecord.of(records.pop(node).module, "forward", candidate.call.problem(), rewritten=True, plan=plan)
             records[_put(graph, candidate)] = replace(record, folded=", ".join(candidate.words))
             return
+        # halves of operands that were cut for this one
+        erase_unused(graph, candidate.call.operands)
+
+
+def _is_gain(fold: Fold, alone: Plan) -> bool:
+    """Whether it is faster than the convolution by its plan alone, with what Inductor makes of the rest."""
+    if alone.is_aten:
+        return _saves_a_pass(fold)
+    # by another kernel halves of the channels would be computed together, but the sums more slowly
+    return not fold.call.program.halves or alone.kernel in HALVING
 
 
 def _saves_a_pass(fold: Fold) -> bool:
@@ -67,9 +78,7 @@ def _saves_a_pass(fold: Fold) -> bool:
     return all(is_read_from_memory(output, inside) for output in fold.outputs)
 
 
-def _with_epilogue(bare: Fold, epilogue: Epilogue | None) -> Fold | None:
-    if epilogue is None:
-        return None
+def _with_epilogue(bare: Fold, epilogue: Epilogue) -> Fold:
     names = " ".join(instruction.name for instruction in epilogue.program.instructions)
     return Fold(
         bare.call.with_program(epilogue.program, epilogue.operands),
