@@ -136,30 +136,37 @@ def _input_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
 
 
 def _weight_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
-    arguments, problem = _weight_grad_call(graph, backward)
-    return graph.call_function(ops.conv1d_weight_grad.default, arguments), plan_weight_grad(problem, backward.conv.device)
+    plan = plan_weight_grad(_weight_problem(backward), backward.conv.device)
+    return graph.call_function(ops.conv1d_weight_grad.default, _weight_arguments(graph, backward)), plan
 
 
 def _weight_and_bias_grad(graph: Graph, backward: Backward) -> dict[int, tuple[Node, Plan]]:
     """Both, where a pass over grad_output gives both; else none."""
     if not {WEIGHT, BIAS} <= backward.gradients.keys() or backward.conv.transposed:
         return {}
-    arguments, problem = _weight_grad_call(graph, backward)
-    plan = plan_weight_bias_grad(problem, backward.conv.device)
+    plan = plan_weight_bias_grad(_weight_problem(backward), backward.conv.device)
     if plan.is_aten or not plan.config.with_bias:
         return {}
-    pair = graph.call_function(ops.conv1d_weight_bias_grad.default, arguments)
+    pair = graph.call_function(ops.conv1d_weight_bias_grad.default, _weight_arguments(graph, backward))
     pair.meta.update(backward.conv.node.meta)
     pair.meta["val"] = tuple(value(backward.gradients[index][0]) for index in (WEIGHT, BIAS))
     return {index: (graph.call_function(getitem, (pair, place)), plan) for place, index in enumerate((WEIGHT, BIAS))}
 
 
-def _weight_grad_call(graph: Graph, backward: Backward) -> tuple[tuple, WeightGradProblem]:
+def _weight_problem(backward: Backward) -> WeightGradProblem:
     conv = backward.conv
-    pair = (conv.input, backward.grad_output) if conv.transposed else (backward.grad_output, conv.input)
-    sizes = *(stand_in(value(node)) for node in pair), hint(value(conv.weight).shape[2])
-    problem = weight_grad_problem(*sizes, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return (*pair, _size(graph, conv.weight, 2), *_geometry(conv)), problem
+    sizes = *(stand_in(value(node)) for node in _pair(backward)), hint(value(conv.weight).shape[2])
+    return weight_grad_problem(*sizes, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _weight_arguments(graph: Graph, backward: Backward) -> tuple:
+    return *_pair(backward), _size(graph, backward.conv.weight, 2), *_geometry(backward.conv)
+
+
+def _pair(backward: Backward) -> tuple[Node, Node]:
+    """The gradient of an output and an input, of the plain convolution that the weight's gradient is one of."""
+    conv = backward.conv
+    return (conv.input, backward.grad_output) if conv.transposed else (backward.grad_output, conv.input)
 
 
 def _bias_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
