@@ -296,3 +296,15 @@ def test_depthwise_convolutions_gain_where_they_slide(K, chosen):
     # shorter rows have a kernel that holds them whole
     graph = after(block, torch.randn(2, 16, 47))
     assert ("NLC" in graph.splitlines()[0]) == chosen
+
+
+def test_a_depthwise_convolution_reads_as_it_is_to_store():
+    weight = torch.randn(16, 1, 9).half()
+    one, two = ONE.half(), TWO.half()
+
+    def block(x):
+        y = F.conv1d(F.conv1d(x, one).atan(), weight, padding=4, groups=16)
+        return F.conv1d(y.sin(), two)
+
+    lines = after(block, torch.randn(2, 16, 47).half()).splitlines()
+    assert ["NLC" in line for line in lines if "conv1d" in line] == [True, True, False]

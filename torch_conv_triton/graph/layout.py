@@ -123,8 +123,12 @@ class _Choice:
             return False
         gains = [region.gains]
         for node in region.inputs:
-            free = not any(self._regions[output].refusal for output in OperatorCall.outputs(node) if output in self._regions)
-            gains.append(_gain(OperatorCall.of(node), rounded, free))
+            call = OperatorCall.of(node)
+            outputs = [output for output in OperatorCall.outputs(node) if output in self._regions]
+            free = not any(self._regions[output].refusal for output in outputs)
+            # a depthwise convolution of contiguous rows that is to store the other layout is slower than on its own
+            torn = call.problem().is_depthwise and free and all(self._expected_layout(output) == "NLC" for output in outputs)
+            gains.append(_gain(call, rounded, free, torn))
         # one reader is enough of what a convolution stores for it; all of them together of what Inductor computes once for all
         return sum(gains) > 0 if region.between else max(gains) > 0
 
@@ -143,10 +147,10 @@ def _may_be_channels_last(region: Region, rounded: bool) -> bool:
     return not region.between or not any(_channels_last(OperatorCall.of(node)).plan().is_aten for node in region.writers)
 
 
-def _gain(call: OperatorCall, rounded: bool, free: bool) -> int:
+def _gain(call: OperatorCall, rounded: bool, free: bool, torn: bool) -> int:
     """1 if a convolution is faster on channels-last input than on contiguous input, -1 if it is slower, 0 if there is no telling.
 
-    The one place where that is decided. `free`: its output may be channels-last then.
+    The one place where that is decided. `free`: its output may be channels-last then. `torn`: it will be in any case.
 
     Measured on an H200, convolutions of HiFi-GAN with a leaky ReLU, ms gathered from NCL and from rounded NLC: 32 channels K3
     .142 and .118, K11 .334 and .258; 64 channels K7 .146 and .103; 128 channels K11 .126 and .104. A tile of NCL in shared memory
@@ -155,7 +159,7 @@ def _gain(call: OperatorCall, rounded: bool, free: bool) -> int:
     some kernels make first, and whole vectors where rows start off 16 bytes. The layout of the output makes no difference, but to
     depthwise convolutions.
     """
-    plan, problem = call.plan_reading("NCL", rounded), call.problem()
+    plan, problem = (_channels_last(call) if torn else call).plan_reading("NCL", rounded), call.problem()
     if problem.is_depthwise:
         after = (_channels_last(call) if free else call).plan_reading("NLC", rounded)
         # what shifts or slides over vectors loads a sample once
