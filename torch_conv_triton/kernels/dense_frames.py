@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, split_program, weight_matrix, widen
+from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, weight_matrix, widen
 from torch_conv_triton.kernels.epilogue import NO_FUSION, store_tile
 from torch_conv_triton.kernels.launch import descriptor, launch, workspace
 

@@ -184,9 +184,11 @@ def conv1d_depthwise_bands_fwd_kernel(
             acc = gl.full([BLOCK_M, 16], bias, gl.float32, layout=mma)
             for s in gl.static_range(SLICES):
                 acc = mma_v2(slices[r + s], matrices[s], acc)
-            total = acc if r == 0 else total + acc
             acc = acc.reshape([BLOCK_M, 2, 4, 2]).permute((0, 2, 1, 3)).reshape([BLOCK_M, 16])
             sums = sums + (gl.convert_layout(acc, out, assert_trivial=True),)
+        total = sums[0]
+        for r in gl.static_range(1, RUN):
+            total += sums[r]
 
         unit = start + y_row
         sample = (unit // runs).to(gl.int64)[:, None]
