@@ -126,7 +126,7 @@ def test_the_bias_s_comes_out_of_the_weight_s_pass_where_grad_output_passes_thro
     for problem in (few_outputs, shared):
         config = replace(planned(problem).config, with_bias=True)
         reason = weight_grad_config_refusal("weight_grad", config, problem, H200)
-        assert reason == "grad_output does not pass through registers in its own place, where it could be added up"
+        assert reason == "grad_output does not pass through the registers of a few tiles, where it could be added up"
 
 
 def test_what_is_rounded_is_refused_as_rows_in_full_float32():

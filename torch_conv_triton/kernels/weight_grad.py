@@ -136,7 +136,7 @@ def conv1d_weight_grad_kernel(
     GROUPS: tl.constexpr,
     C_IN: tl.constexpr,  # per group
     K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,  # with PREFETCH only
     TAP_MAJOR: tl.constexpr,
     FLATTEN: tl.constexpr,
     ROUND: tl.constexpr,
@@ -190,8 +190,6 @@ def conv1d_weight_grad_kernel(
             dy, x = load_operands(
                 b, last, grad, signal, lengths, geometry, rows, columns, C_IN, K, TAP_MAJOR, FLATTEN, INT64, BLOCK_L, BLOCK_C
             )
-            if HAS_BIAS:
-                sums += tl.sum(dy.to(tl.float32), 1)
             acc = add_product(dy, x, acc, ROUND, GRAD_LEFT, PRECISION)
 
     # the weight's own order, whatever the order of the columns
@@ -230,7 +228,7 @@ def conv1d_weight_grad(
     bias into grad_bias ``(C_out,)`` if there is one.
 
     grad_output ``(N, C_out, L_out)`` and x ``(N, C_in, L_in)``, any strides. `config` is a `WeightGradConfig`; with more than one
-    split the workspace holds `splits` float32 copies of the gradients. There is no grad_bias where it is `exchanged`.
+    split the workspace holds `splits` float32 copies of the gradients. A grad_bias asks for `prefetch`, not `exchanged`.
     """
     K = grad_weight.shape[2]
     if config.exchanged:
