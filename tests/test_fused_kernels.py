@@ -314,8 +314,8 @@ def test_calls_are_planned_anew_after_they_were_forgotten(monkeypatch):
     original = dispatch.fused_plan
     monkeypatch.setattr(dispatch, "fused_plan", lambda *arguments: planned.append(1) or original(*arguments))
     for _ in range(2):
-        call(x, weight, bias, DENSE)
+        call(x, weight, bias, DENSE, "tanh %0; out %1 fp32 NCL")
     assert len(planned) == 1
     fused.forget_plans()
-    call(x, weight, bias, DENSE)
+    call(x, weight, bias, DENSE, "tanh %0; out %1 fp32 NCL")
     assert len(planned) == 2

@@ -1,5 +1,8 @@
 """Models compiled ahead of time with AOTInductor, on the GPU: what a package computes in this process and in a fresh one."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from compiling import run_python
@@ -16,6 +19,23 @@ package, inputs, outputs = sys.argv[1:]
 model = torch._inductor.aoti_load_package(package)
 torch.save([model(x) for x in torch.load(inputs)], outputs)
 """
+
+# the same for a package of Inductor's own, without operators of ours
+PLAIN = """
+import sys, torch
+x = torch.randn(2, 64, device="cuda")
+path = torch._inductor.aoti_compile_and_package(torch.export.export(torch.nn.ReLU(), (x,)), package_path=sys.argv[1])
+assert torch.equal(torch._inductor.aoti_load_package(path)(x), x.relu())
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packages_load_here(tmp_path_factory):
+    """On one machine with torch 2.11 a process that loads any package for a GPU crashes."""
+    path = tmp_path_factory.mktemp("plain") / "model.pt2"
+    done = subprocess.run([sys.executable, "-c", PLAIN, str(path)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"Inductor's own packages do not load here: exit status {done.returncode}")
 
 
 def packaged(model: torch.nn.Module, x: torch.Tensor, path: str) -> str:
