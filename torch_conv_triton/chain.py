@@ -22,18 +22,10 @@ from torch_conv_triton.arena import Block, arrange
 from torch_conv_triton.calls import remember, repeat, signature
 from torch_conv_triton.fused import Arguments, FusedCall
 from torch_conv_triton.problem import Strides, current_precision
+from torch_conv_triton.registration import register
 
 if TYPE_CHECKING:
     from torch_conv_triton.kernels.launch import Recording
-
-_library = torch.library.Library("triton_conv", "FRAGMENT")
-# `one` is for chains that return one tensor, see `fused`
-for _name, _results in (("conv1d_chain", "Tensor[]"), ("conv1d_chain.one", "Tensor")):
-    _library.define(
-        f"{_name}(Tensor[] tensors, str steps) -> {_results}",
-        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
-    )
-conv1d_chain = torch.ops.triton_conv.conv1d_chain.default
 
 _calls: dict[tuple, ChainCall] = {}
 # how many sizes of a chain keep what they prepared of its constants
@@ -239,17 +231,6 @@ def _conv1d_chain_fake(tensors, steps):
     return [values[number] for number in chain.returned]
 
 
-def _one(compute):
-    def compute_one(tensors, steps):
-        (output,) = compute(tensors, steps)
-        return output
-
-    return compute_one
-
-
 # what the operators run
-COMPUTE = {conv1d_chain: compute_conv1d_chain, torch.ops.triton_conv.conv1d_chain.one: _one(compute_conv1d_chain)}
-for (_op, _compute), _fake in zip(COMPUTE.items(), (_conv1d_chain_fake, _one(_conv1d_chain_fake)), strict=True):
-    _library.impl(_op, _compute, "CPU")
-    _library.impl(_op, _compute, "CUDA")
-    torch.library.register_fake(_op, _fake, lib=_library)
+COMPUTE = register("conv1d_chain", "Tensor[] tensors, str steps", compute_conv1d_chain, _conv1d_chain_fake)
+conv1d_chain = torch.ops.triton_conv.conv1d_chain.default

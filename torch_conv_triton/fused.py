@@ -27,18 +27,9 @@ from torch_conv_triton.problem import (
     current_precision,
     dtype_name,
 )
+from torch_conv_triton.registration import register
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-
-_library = torch.library.Library("triton_conv", "FRAGMENT")
-# `one` is for programs of one output: Inductor's C++ wrapper (torch 2.13) crashes on a list of one tensor
-for _name, _results in (("conv1d_fused", "Tensor[]"), ("conv1d_fused.one", "Tensor")):
-    _library.define(
-        f"{_name}(Tensor input, Tensor weight, Tensor? bias, int stride, SymInt[2] padding, int dilation, int groups, "
-        f"bool transposed, str padding_mode, str epilogue, Tensor[] operands, bool rounded) -> {_results}",
-        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
-    )
-conv1d_fused = torch.ops.triton_conv.conv1d_fused.default
 
 _calls: dict[tuple, FusedCall] = {}
 
@@ -271,17 +262,12 @@ def _convolution(input, weight, bias, stride, padding, dilation, groups, transpo
     return execute.forward(padded, weight, bias, stride, 0, dilation, groups)
 
 
-def _one(compute):
-    def compute_one(*arguments):
-        (output,) = compute(*arguments)
-        return output
-
-    return compute_one
-
-
 # what the operators run
-COMPUTE = {conv1d_fused: compute_conv1d_fused, torch.ops.triton_conv.conv1d_fused.one: _one(compute_conv1d_fused)}
-for (_op, _compute), _fake in zip(COMPUTE.items(), (fake, _one(fake)), strict=True):
-    _library.impl(_op, _compute, "CPU")
-    _library.impl(_op, _compute, "CUDA")
-    torch.library.register_fake(_op, _fake, lib=_library)
+COMPUTE = register(
+    "conv1d_fused",
+    "Tensor input, Tensor weight, Tensor? bias, int stride, SymInt[2] padding, int dilation, int groups, "
+    "bool transposed, str padding_mode, str epilogue, Tensor[] operands, bool rounded",
+    compute_conv1d_fused,
+    fake,
+)
+conv1d_fused = torch.ops.triton_conv.conv1d_fused.default
