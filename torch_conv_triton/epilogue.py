@@ -281,11 +281,27 @@ def keeps_zero(instructions: Sequence[Instruction]) -> bool:
 
 
 def _apply(instructions: Sequence[Instruction], x: Tensor) -> Tensor:
-    values = [x.to(torch.promote_types(x.dtype, torch.float32))]
+    return _values(instructions, [x.to(torch.promote_types(x.dtype, torch.float32))], (), True)[-1].expand_as(x)
+
+
+def _values(instructions: Sequence[Instruction], first: Sequence[Tensor], operands: Sequence[Tensor], tf32: bool) -> list[Tensor]:
+    """The `first` values of a program and what instructions make of them, in their dtype; `tf32` as in `evaluate`."""
+    values, like = list(first), first[0]
+
+    def tensor(argument: Argument) -> Tensor:
+        if isinstance(argument, Value):
+            return values[argument.index]
+        if isinstance(argument, Operand):
+            return operands[argument.index].to(like.dtype)
+        return torch.full((), argument, dtype=like.dtype, device=like.device)
+
     for instruction in instructions:
-        arguments = [values[a.index] if isinstance(a, Value) else torch.full_like(values[0], a) for a in instruction.arguments]
-        values.append(INSTRUCTIONS[instruction.name].compute(*arguments))
-    return values[-1]
+        arguments = map(tensor, instruction.arguments)
+        if instruction.name == "tf32" and not tf32:
+            values.append(*arguments)
+        else:
+            values.append(INSTRUCTIONS[instruction.name].compute(*arguments))
+    return values
 
 
 def keep_outputs(program: Program, outputs: Sequence[Output]) -> Program:
@@ -337,22 +353,8 @@ def evaluate(program: Program, y: Tensor, operands: Sequence[Tensor], tf32: bool
     In float32, or float64 for a y in float64. `tf32`: whether PyTorch's switch asks for TF32; if not, the instruction `tf32` does
     nothing.
     """
-    dtype = torch.promote_types(y.dtype, torch.float32)
-    values = list(y.to(dtype).chunk(2, 1)) if program.halves else [y.to(dtype)]
-
-    def tensor(argument: Argument) -> Tensor:
-        if isinstance(argument, Value):
-            return values[argument.index]
-        if isinstance(argument, Operand):
-            return operands[argument.index].to(dtype)
-        return torch.full((), argument, dtype=dtype, device=y.device)
-
-    for instruction in program.instructions[program.halves :]:
-        arguments = map(tensor, instruction.arguments)
-        if instruction.name == "tf32" and not tf32:
-            values.append(*arguments)
-        else:
-            values.append(INSTRUCTIONS[instruction.name].compute(*arguments))
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    values = _values(program.instructions[program.halves :], y.chunk(2, 1) if program.halves else [y], operands, tf32)
     outputs = allocate(program, y, y.shape)
     for output, stored in zip(program.outputs, outputs, strict=True):
         stored.copy_(values[output.value.index])
