@@ -48,25 +48,24 @@ def signature(tensor: Tensor) -> tuple:
 def run(call: Call, launch: Launch, *tensors: Tensor | None) -> None:
     """``launch(call.plan, call.problem, *tensors)`` on the device of the first tensor; on a GPU repeated from a recording."""
     device = tensors[0].device
-    if device.type != "cuda":
-        launch(call.plan, call.problem, *tensors)
-    elif device.index == torch.cuda.current_device():
-        _launch_or_repeat(call, launch, tensors)
+    if device.type == "cuda":
+        _on(device, _launch_or_repeat, call, launch, tensors)
     else:
-        # Triton launches on the current device
-        with torch.cuda.device(device):
-            _launch_or_repeat(call, launch, tensors)
+        launch(call.plan, call.problem, *tensors)
 
 
 def repeat(recording: Recording, *tensors: Tensor) -> None:
     """The recording's launches again, on the GPU of the first tensor."""
-    device = tensors[0].device
+    _on(tensors[0].device, recording.repeat, *tensors)
+
+
+def _on(device: torch.device, launch: Launch, *arguments: object) -> None:
     if device.index == torch.cuda.current_device():
-        recording.repeat(*tensors)
+        launch(*arguments)
     else:
         # Triton launches on the current device
         with torch.cuda.device(device):
-            recording.repeat(*tensors)
+            launch(*arguments)
 
 
 def _launch_or_repeat(call: Call, launch: Launch, tensors: tuple[Tensor | None, ...]) -> None:
