@@ -14,6 +14,7 @@ from torch_conv_triton.bench.peers import PEERS, QUICK_PEERS, forward_contestant
 from torch_conv_triton.bench.results import Accuracy
 from torch_conv_triton.bench.roofline import Ceilings
 from torch_conv_triton.bench.suite import SUITE, case_from_shape, load_suite, select_cases
+from torch_conv_triton.problem import layout_of
 
 H200 = Ceilings(bytes_per_s=4.28e12, tf32=400e12, ieee=50e12, half=790e12)
 
@@ -83,6 +84,12 @@ class TestSuite:
         case = GEOMETRIES["plain"]
         assert torch.equal(case.tensors("cpu", seed=3)[0], case.tensors("cpu", seed=3)[0])
         assert not torch.equal(case.tensors("cpu", seed=3)[0], case.tensors("cpu", seed=4)[0])
+
+    def test_the_gradient_of_y_is_laid_out_as_x(self, case):
+        grad_output = case.grad_output("cpu")
+        assert grad_output.shape == eager(case, *case.tensors("cpu")).shape
+        assert layout_of(grad_output.stride(), *grad_output.shape[1:]) == case.problem().layout
+        assert case.gradient_problems()[0].x_strides == grad_output.stride()
 
     def test_selects_by_prefix(self):
         names = [case.name for case in select_cases(load_suite(), "p01,s_kb7")]

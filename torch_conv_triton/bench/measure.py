@@ -56,7 +56,7 @@ def measure_case(
     tensors = case.tensors("cuda")
     problem = case.problem(tensors)
     if backward:
-        grad_output = random_like_output(case, problem.L_out)
+        grad_output = case.grad_output("cuda")
         plans = gradient_plans(case, tensors, grad_output)
         accuracy = gradient_accuracy(case, tensors, grad_output)
         floor_ms = rates.backward_floor_ms(problem, case)
@@ -111,15 +111,6 @@ def gradient_plans(case: Case, tensors: Tensors, grad_output: Tensor) -> list[Pl
         "weight_grad": dispatch_gradients.plan_weight_bias_grad if with_bias else dispatch_gradients.plan_weight_grad,
     }
     return [planned[problem.kind](problem, device) for problem in case.gradient_problems(tensors, grad_output)]
-
-
-def random_like_output(case: Case, L_out: int) -> Tensor:
-    """A random gradient of y, ``(N, C_out, L_out)`` contiguous."""
-    C_out = case.w_shape[1] * case.groups if case.transposed else case.w_shape[0]
-    dtype = case.problem().dtype
-    return torch.randn(
-        case.x_shape[0], C_out, L_out, dtype=dtype, device="cuda", generator=torch.Generator("cuda").manual_seed(1)
-    )
 
 
 def output_accuracy(case: Case, tensors: Tensors) -> Accuracy:

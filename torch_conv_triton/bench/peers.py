@@ -79,8 +79,9 @@ def forward_contestant(name: str, case: Case, tensors: Tensors) -> Contestant:
 def gradient_contestant(name: str, case: Case, tensors: Tensors, grad_output: Tensor) -> Contestant:
     """The backward pass of `name` through autograd, for the gradients that the case asks for, in the thread that calls.
 
-    The conv2d peers have x and weight channels-last beforehand, as the forward left them. "conv2d" converts the gradient of y on
-    every call and that of x back, except where x is NLC: such gradients are channels-last already, and may stay so.
+    All get the same grad_output (see `Case.grad_output`). The conv2d peers have x and weight channels-last beforehand, as the
+    forward left them. "conv2d" converts the gradient of y on every call and that of x back, except where x is NLC: there the
+    gradient of y is channels-last already, and that of x may stay so, while ours is NCL.
     """
     conv, (x, weight, bias) = convolution(name, case), tensors
     converts = name == "conv2d" and case.problem().layout != "NLC"

@@ -88,15 +88,26 @@ class Case:
             x, weight, bias, self.stride, self.padding, self.dilation, self.groups, self.transposed, self.output_padding
         )
 
+    def grad_output(self, device: str | torch.device, seed: int = 1) -> Tensor:
+        """A random gradient of y, ``(N, C_out, L_out)``: NLC where x is, else contiguous.
+
+        What makes an x NLC is mostly a transpose, and another one behind the convolution, which gives its gradient that layout.
+        """
+        problem = self.problem()
+        generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
+        N, C, L = problem.N, problem.C_out, problem.L_out
+        if problem.layout == "NLC":
+            return torch.randn(N, L, C, dtype=problem.dtype, device=device, generator=generator).transpose(1, 2)
+        return torch.randn(N, C, L, dtype=problem.dtype, device=device, generator=generator)
+
     def gradient_problems(self, tensors: Tensors | None = None, grad_output: Tensor | None = None) -> list[Conv1dProblem]:
         """What the gradients of x and weight, in this order, that the case asks for are to the package, of these tensors.
 
-        Without them, no data is allocated, and the gradient of y is contiguous.
+        Without them, no data is allocated, and the gradient of y is laid out as `grad_output` says.
         """
-        tensors = x, weight, _ = tensors or self.tensors("meta")
+        x, weight, _ = tensors or self.tensors("meta")
         if grad_output is None:
-            problem = self.problem(tensors)
-            grad_output = x.new_empty((problem.N, problem.C_out, problem.L_out))
+            grad_output = self.grad_output("meta")
         geometry = self.stride, self.padding, self.dilation, self.groups
         if self.transposed:
             # exchanging input and output makes the one kind of convolution the other
