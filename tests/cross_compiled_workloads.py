@@ -187,12 +187,16 @@ def _row(plan: dispatch.Plan, compiled: list[Compiled]) -> dict:
 
 
 def tuned_kernels(part: slice) -> dict[str, list[dict]]:
-    """The plan of each entry of the H200's table that a case of the suite has, with the kernels it launches, by key."""
+    """The plan of each entry of the H200's table that a case of the suite has, with the kernels it launches, by key.
+
+    Channels-last convolutions may have a channels-first gradient too.
+    """
     found = {}
     for case in load_suite()[part]:
-        for problem in (case.problem(), *case.gradient_problems()):
+        contiguous = case.grad_output("meta").contiguous()
+        for problem in (case.problem(), *case.gradient_problems(), *case.gradient_problems(grad_output=contiguous)):
             plan = dispatch.tuned_plan(problem, H200, dispatch_gradients.plan_refusal)
-            if plan is None:
+            if plan is None or tables.key(problem) in found:
                 continue
             compiled: list[Compiled] = []
             if not plan.is_aten:
