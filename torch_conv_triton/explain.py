@@ -40,9 +40,9 @@ class RecordingBackend:
         self._own = own
         self._graphs = 0
 
-    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None) -> Callable[..., Any]:
         self._graphs += 1
-        return compile_with(gm, example_inputs, own=self._own, recorder=self.recorder)
+        return compile_with(gm, example_inputs, mode, own=self._own, recorder=self.recorder)
 
     def report(self) -> Report:
         """What happened so far."""

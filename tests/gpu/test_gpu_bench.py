@@ -12,6 +12,7 @@ from torch_conv_triton.bench.peers import QUICK_PEERS
 from torch_conv_triton.bench.results import load
 from torch_conv_triton.bench.suite import case_from_shape
 from torch_conv_triton.bench.timing import Timing
+from torch_conv_triton.bench.wall import MODES, run_wall, small_cases
 from torch_conv_triton.bench.worker import Worker, WorkerError
 
 pytestmark = pytest.mark.gpu
@@ -64,3 +65,10 @@ def test_a_model_runs_three_ways_and_is_right(tmp_path, train):
     # the smallest are left to aten
     assert 0 < result.rewritten <= result.convolutions
     assert all(not isinstance(found, str) for found in result.ways.values())
+
+
+def test_a_small_convolution_is_checked_and_timed_in_every_mode(tmp_path):
+    results = run_wall(small_cases()[1:2], rounds=1, ms=1, out=tmp_path / "wall.json")
+    assert [(result.layers, result.mode) for result in results] == [(layers, mode) for layers in (1, 4) for mode in MODES]
+    assert [(result.status, result.message) for result in results] == [("ok", "")] * len(results)
+    assert all(result.ratio > 0 and result.kernels for result in results)

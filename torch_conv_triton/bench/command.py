@@ -18,8 +18,8 @@ from torch_conv_triton.bench.suite import DTYPES, SUITE, Case, case_from_shape, 
 from torch_conv_triton.bench.tables import case_header, case_line
 from torch_conv_triton.bench.worker import WorkerError
 
-DEFAULT_MS = {"suite": 200.0, "models": 1000.0}
-DEFAULT_TIMEOUT_S = {"suite": 300.0, "models": 900.0}
+DEFAULT_MS = {"suite": 200.0, "models": 1000.0, "wall": 100.0}
+DEFAULT_TIMEOUT_S = {"suite": 300.0, "models": 900.0, "wall": 300.0}
 
 _GEOMETRY = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "output_padding": 0}
 # options that belong to one kind of measurement, with the values that say nothing
@@ -33,7 +33,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `main` reads."""
     parser.description = (
         "Time the convolution against its peers on this GPU: the whole suite by default, one shape with --shape, whole models "
-        "with --models. Every case is checked against float64 first; the exit status is 1 if one is wrong or fails."
+        "with --models, calls that wait for the host with --wall. Every case is checked against float64 first; the exit status "
+        "is 1 if one is wrong or fails."
     )
     what = parser.add_argument_group("what to measure")
     kind = what.add_mutually_exclusive_group()
@@ -42,6 +43,11 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     kind.add_argument("--shape", metavar="NxCxL", help="measure one convolution: sizes of x, as in 8x768x499")
     kind.add_argument("--models", nargs="*", metavar="NAME", help=f"measure whole models, all or some of: {', '.join(MODELS)}")
+    kind.add_argument(
+        "--wall",
+        action="store_true",
+        help="measure wall times of small convolutions: eager, compiled and in CUDA graphs, beside PyTorch's",
+    )
     kind.add_argument(
         "--from", nargs="+", dest="sources", metavar="PATH", help="measure nothing: merge and show results of earlier --json"
     )
@@ -75,7 +81,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--ms",
         type=_positive(float),
         metavar="MS",
-        help="time for each contestant of a case in all (default 200; --models: 1000)",
+        help="time for each contestant of a case in all (default 200; --models: 1000; --wall: 100)",
     )
     how.add_argument(
         "--timeout", type=_positive(float), metavar="S", help="seconds that a case may take (default 300; --models: 900)"
@@ -125,6 +131,8 @@ def refuse_unused(args: argparse.Namespace) -> None:
                     raise BenchError(f"--{name.replace('_', '-')} has a meaning with --{kind} only")
     if args.models is not None and args.backward:
         raise BenchError("--backward times single convolutions; a training step of a model is --models --train")
+    if args.wall and (args.backward or args.plot):
+        raise BenchError(f"--{'backward' if args.backward else 'plot'} has no meaning with --wall")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -133,6 +141,8 @@ def main(args: argparse.Namespace) -> int:
         refuse_unused(args)
         if args.models is not None:
             return _models(args)
+        if args.wall:
+            return _wall(args)
         result = _measured_earlier(args) if args.sources else _suite(args)
     except BenchError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -148,13 +158,17 @@ def main(args: argparse.Namespace) -> int:
 def cases_of(args: argparse.Namespace) -> tuple[Case, ...]:
     """The cases that the arguments name. Raises BenchError for ones that are none."""
     if args.shape is None:
-        cases = select_cases(load_suite(args.suite), args.cases)
-        return tuple(replace(case, dtype=args.dtype) for case in cases) if args.dtype else cases
+        return _selected(load_suite(args.suite), args)
     if args.weight is None:
         raise BenchError("--shape needs --weight, as in --shape 8x768x499 --weight 768x48x128 --groups 16")
     geometry = {name: getattr(args, name) for name in _GEOMETRY}
     others = {"layout": args.layout, "transposed": args.transposed, "bias": args.bias, "dtype": args.dtype or "fp32"}
     return (case_from_shape(args.shape, args.weight, **geometry, **others),)
+
+
+def _selected(cases: Sequence[Case], args: argparse.Namespace) -> tuple[Case, ...]:
+    cases = select_cases(cases, args.cases)
+    return tuple(replace(case, dtype=args.dtype) for case in cases) if args.dtype else cases
 
 
 def plot(result: SuiteResult, path: str) -> None:
@@ -192,6 +206,13 @@ def _models(args: argparse.Namespace) -> int:
         out=args.json,
         **_how(args, "models"),
     )
+    return 0 if all(result.status == "ok" for result in results) else 1
+
+
+def _wall(args: argparse.Namespace) -> int:
+    from torch_conv_triton.bench.wall import run_wall, small_cases
+
+    results = run_wall(_selected(small_cases(), args), out=args.json, **_how(args, "wall"))
     return 0 if all(result.status == "ok" for result in results) else 1
 
 
