@@ -501,8 +501,10 @@ class TestGradients:
         assert len({(plan.kernel, plan.config) for plan in plans}) == len(plans) <= 70
         kernels = {plan.kernel for plan in plans}
         assert {plan.kernel for plan in dispatch_gradients.candidates(problem, INTERPRETER)} <= kernels
-        assert ("aten" in kernels) and ("aten_nhwc" in kernels) == (problem.kind == "weight_grad")
-        for plan in [plan for plan in plans if plan.reason == "searched"][::12]:
+        assert kernels >= {"aten", "aten_nhwc"}
+        searched = [plan for plan in plans if plan.reason == "searched"]
+        # aten's ways come last
+        for plan in (*searched[:-2:12], *searched[-2:]):
             assert dispatch_gradients.plan_refusal(plan, problem, INTERPRETER) is None
             assert trial.check(problem, plan, CPU) is None, plan
 

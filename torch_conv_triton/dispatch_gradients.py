@@ -175,8 +175,6 @@ def candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan, ...]:
 
 def plan_refusal(plan: Plan, problem: Conv1dProblem, device: Device) -> str | None:
     """Why a plan found for a similar gradient, or proposed by a search, cannot compute this one, or None."""
-    if plan.kernel == "aten_nhwc" and problem.kind != "weight_grad":
-        return "the gradient of an input is not computed on channels-last views"
     if problem.kind != "weight_grad" or plan.is_aten:
         return dispatch.plan_refusal(plan, problem, device)
     if plan.config is None or all(plan.kernel != candidate.kernel for candidate in candidates(problem, device)):

@@ -70,8 +70,7 @@ def _aten_nhwc(p: Conv1dProblem, x: Tensor, weight: Tensor, bias: Tensor | None)
     """A two-dimensional convolution of height 1 on channels-last views: an x that is not NLC is copied, and so is the output."""
     x, weight = channels_last_view(x), weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
     geometry = [1, p.stride], [0, p.padding], [1, p.dilation], p.transposed, [0, p.output_padding], p.groups
-    y = torch.ops.aten.convolution.default(x, weight, bias, *geometry).squeeze(2)
-    return y if y.is_contiguous() else _channels_last(y.transpose(1, 2)).transpose(1, 2)
+    return channels_first(torch.ops.aten.convolution.default(x, weight, bias, *geometry))
 
 
 def channels_last_view(t: Tensor) -> Tensor:
@@ -79,6 +78,12 @@ def channels_last_view(t: Tensor) -> Tensor:
     if t.shape[1] > 1 and layout_of(t.stride(), *t.shape[1:]) != "NLC":
         t = _channels_last(t)
     return t.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+
+
+def channels_first(t: Tensor) -> Tensor:
+    """A tensor ``(N, C, 1, L)`` as a contiguous ``(N, C, L)``, a copy unless it is NCL."""
+    t = t.squeeze(2)
+    return t if t.is_contiguous() else _channels_last(t.transpose(1, 2)).transpose(1, 2)
 
 
 def _channels_last(t: Tensor) -> Tensor:

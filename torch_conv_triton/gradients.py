@@ -48,7 +48,7 @@ def input_grad(
         plan = plan_input_grad(problem, dispatch.device_for(grad_output.device))
         call = remember(_input_calls, key, input_grad_call(plan, problem))
     if call.plan.is_aten:
-        return aten_input_grad(grad_output, weight, input_length, *geometry)
+        return input_grad_with(call.plan, call.problem, grad_output, weight)
     return run_input_grad(call, grad_output, weight)
 
 
@@ -58,7 +58,8 @@ def input_grad_with(plan: Plan, problem: Conv1dProblem, grad_output: Tensor, wei
         return run_input_grad(input_grad_call(plan, problem), grad_output, weight)
     p = problem
     padding = p.padding if p.transposed else p.dilation * (p.K - 1) - p.padding
-    return aten_input_grad(grad_output, weight, p.L_out, p.stride, padding, p.dilation, p.groups)
+    function = _aten_nhwc_input_grad if plan.kernel == "aten_nhwc" else aten_input_grad
+    return function(grad_output, weight, p.L_out, p.stride, padding, p.dilation, p.groups)
 
 
 def input_grad_call(plan: Plan, problem: Conv1dProblem) -> Call:
@@ -218,6 +219,18 @@ def aten_weight_grad(
     weight = weight_like(grad_output, x, kernel_size, groups)
     geometry = [stride], [padding], [dilation], False, [0], groups
     return _aten_backward(grad_output, x, weight, geometry, 1).contiguous()
+
+
+def _aten_nhwc_input_grad(
+    grad_output: Tensor, weight: Tensor, input_length: int, stride: int, padding: int, dilation: int, groups: int
+) -> Tensor:
+    """That of a two-dimensional convolution of height 1 on channels-last views: what is not NLC is copied, and the result."""
+    # its strides tell aten the layout
+    x = grad_output.new_empty((grad_output.shape[0], 1, input_length, weight.shape[1] * groups)).permute(0, 3, 1, 2)
+    grad_output = execute.channels_last_view(grad_output)
+    weight = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+    geometry = [1, stride], [0, padding], [1, dilation], False, [0, 0], groups
+    return execute.channels_first(_aten_backward(grad_output, x, weight, geometry, 0))
 
 
 def _aten_nhwc_weight_grad(p: Conv1dProblem, grad_output: Tensor, x: Tensor) -> Tensor:
