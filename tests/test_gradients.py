@@ -11,6 +11,7 @@ from torch_conv_triton.calls import Call
 from torch_conv_triton.configs import INTERPRETER
 from torch_conv_triton.configs_gradients import WeightGradConfig
 from torch_conv_triton.dispatch import Plan
+from torch_conv_triton.problem import current_precision
 from torch_conv_triton.testing import (
     CASES,
     LAYOUTS,
@@ -248,18 +249,26 @@ def test_a_non_finite_sample_stays_in_its_channel(case):
         assert torch.equal(grad_weight.isfinite(), clean), plan
 
 
-def test_kernels_that_can_take_the_taps_of_a_depthwise_filter_in_reverse():
-    case = Case("causal", 2, 32, 40, 32, 4, padding=3, groups=32)
+@pytest.mark.parametrize(
+    ("length", "layout", "kernels"),
+    [
+        (40, "NCL", {"depthwise", "depthwise_toeplitz", "depthwise_vector"}),
+        (40, "NLC", {"depthwise", "depthwise_toeplitz", "depthwise_sliding", "depthwise_skewed"}),
+        (6, "NCL", {"depthwise", "depthwise_toeplitz", "depthwise_short"}),
+    ],
+)
+def test_depthwise_kernels_read_the_taps_of_a_filter_in_reverse(length, layout, kernels):
+    case = Case("same", 2, 32, length, 32, 5, padding=2, groups=32)
     _, weight, _ = make_inputs(case, torch.float32)
-    grad_output = make_grad_output(case, torch.float32)
-    problem = dispatch_gradients.input_grad_problem(grad_output, weight, case.L_in, *geometry(case))
-    assert not problem.transposed
-    found = {}
-    for plan in dispatch_gradients.input_grad_candidates(problem, INTERPRETER):
-        with CountFlips() as flips:
-            gradients.input_grad_with(plan, problem, grad_output, weight)
-        found[plan.kernel] = flips.count
-    assert found["depthwise_toeplitz"] == 0 and found["depthwise"] == found["dense"] == 1
+    grad_output = make_grad_output(case, torch.float32, layout)
+    expected = gradients.aten_input_grad(grad_output.double(), weight.double(), length, *geometry(case))
+    with CountFlips() as flips:
+        for plan, found in input_grads(case, weight, grad_output):
+            assert_within_budget(found, expected, current_precision(torch.float32))
+            assert flips.count == (plan.kernel == "dense")
+            flips.count = 0
+            kernels = kernels - {plan.kernel}
+    assert not kernels
 
 
 class CountFlips(TorchDispatchMode):

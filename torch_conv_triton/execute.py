@@ -128,10 +128,12 @@ def launch_kernel(
         # the end change nothing
         channels = config.BLOCK_K if plan.kernel == "dense_tma" else 1
         x = channels_last_copy(x, p.stride if p.padding_mode == "zeros" else 1, rounded=tf32, channels=channels)
+    # a plain convolution takes outputs back to inputs when the taps of its filters are reversed
+    reverse = p.kind == "input_grad" and not p.transposed
     if plan.kernel == "depthwise":
         from torch_conv_triton.kernels.depthwise import conv1d_depthwise
 
-        conv1d_depthwise(x, weight, bias, y, p.stride, p.padding, p.dilation, p.transposed, config, fusion)
+        conv1d_depthwise(x, weight, bias, y, p.stride, p.padding, p.dilation, p.transposed, config, fusion, reverse)
     elif plan.kernel == "depthwise_toeplitz":
         from torch_conv_triton.kernels.depthwise_toeplitz import conv1d_depthwise_toeplitz
 
@@ -139,23 +141,23 @@ def launch_kernel(
     elif plan.kernel == "depthwise_bands":
         from torch_conv_triton.kernels.depthwise_bands import conv1d_depthwise_bands
 
-        conv1d_depthwise_bands(x, weight, bias, y, p.padding, tf32, config, fusion)
+        conv1d_depthwise_bands(x, weight, bias, y, p.padding, tf32, config, fusion, reverse)
     elif plan.kernel == "depthwise_short":
         from torch_conv_triton.kernels.depthwise_short import conv1d_depthwise_short
 
-        conv1d_depthwise_short(x, weight, bias, y, p.stride, p.padding, p.dilation, config)
+        conv1d_depthwise_short(x, weight, bias, y, p.stride, p.padding, p.dilation, config, reverse)
     elif plan.kernel == "depthwise_skewed":
         from torch_conv_triton.kernels.depthwise_skewed import conv1d_depthwise_skewed
 
-        conv1d_depthwise_skewed(x, weight, bias, y, p.padding, config)
+        conv1d_depthwise_skewed(x, weight, bias, y, p.padding, config, reverse)
     elif plan.kernel == "depthwise_sliding":
         from torch_conv_triton.kernels.depthwise_sliding import conv1d_depthwise_sliding
 
-        conv1d_depthwise_sliding(x, weight, bias, y, p.padding, p.dilation, config, fusion)
+        conv1d_depthwise_sliding(x, weight, bias, y, p.padding, p.dilation, config, fusion, reverse)
     elif plan.kernel == "depthwise_vector":
         from torch_conv_triton.kernels.depthwise_vector import conv1d_depthwise_vector
 
-        conv1d_depthwise_vector(x, weight, bias, y, p.padding, p.dilation, config, fusion)
+        conv1d_depthwise_vector(x, weight, bias, y, p.padding, p.dilation, config, fusion, reverse)
     elif plan.kernel == "transposed":
         from torch_conv_triton.kernels.transposed import conv1d_transposed
 

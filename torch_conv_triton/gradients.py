@@ -22,10 +22,6 @@ from torch_conv_triton.dispatch_gradients import (
 )
 from torch_conv_triton.problem import Conv1dProblem, check_arguments, contiguous_strides, current_precision, output_length
 
-# kernels that run a depthwise convolution transposed as they run it plain: of stride 1, it has the taps reversed. "depthwise"
-# does too, but then looks for its taps: p24 0.024, with the taps reversed beforehand 0.018
-REVERSING = ("depthwise_toeplitz",)
-
 _input_calls: dict[tuple, Call] = {}
 _weight_calls: dict[tuple, Call] = {}
 _weight_bias_calls: dict[tuple, Call] = {}
@@ -63,17 +59,18 @@ def input_grad_with(plan: Plan, problem: Conv1dProblem, grad_output: Tensor, wei
 
 
 def input_grad_call(plan: Plan, problem: Conv1dProblem) -> Call:
-    """The call of a plan of an `input_grad_problem`, described so that the kernel need not have the taps reversed if it can."""
+    """The call of a plan of an `input_grad_problem`."""
     p = problem
-    if not p.transposed and plan.kernel in REVERSING:
+    if not p.transposed and plan.kernel == "depthwise_toeplitz":
+        # transposed, of stride 1, it has the taps reversed
         problem = replace(p, transposed=True, padding=p.dilation * (p.K - 1) - p.padding)
     return Call(problem, plan)
 
 
 def run_input_grad(call: Call, grad_output: Tensor, weight: Tensor) -> Tensor:
     """Make an `input_grad_call` of our kernels, with the weight of the convolution."""
-    if not call.problem.transposed:
-        # a depthwise filter takes outputs back to inputs when its taps are reversed
+    if not call.problem.transposed and not call.plan.kernel.startswith("depthwise"):
+        # the other kernels read the taps of a filter in reverse
         weight = weight.flip(2)
     return execute.run_kernels(call, grad_output, weight, None)
 

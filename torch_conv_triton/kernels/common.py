@@ -408,6 +408,11 @@ def weight_matrix(
     return packed, packed.stride(0), rounded
 
 
+def first_tap(weight: Tensor, reverse: bool) -> tuple[Tensor, int]:
+    """Where the first tap of weight ``(C_out, 1, K)`` is, read forwards or in reverse, and how many elements on the next one."""
+    return (weight[:, :, -1:], -weight.stride(2)) if reverse else (weight, weight.stride(2))
+
+
 def needs_int64(*tensors: Tensor) -> bool:
     """Whether an offset within one sample of a ``(N, C, L)`` tensor, or a position in it, can pass 2^31 - 1."""
     for tensor in tensors:

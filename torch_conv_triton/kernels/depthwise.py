@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import needs_int64, position_in_x, widen
+from torch_conv_triton.kernels.common import first_tap, needs_int64, position_in_x, widen
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import launch
 
@@ -118,11 +118,12 @@ def conv1d_depthwise(
     transposed: bool,
     config,
     fusion: Fusion = NO_FUSION,
+    reverse: bool = False,
 ) -> None:
     """Write the depthwise convolution of x ``(N, C_in, L_in)`` into y ``(N, C_out, L_out)``; C_out is a multiple of C_in.
 
     Weight ``(C_out, 1, K)``, or ``(C_in, C_out / C_in, K)`` when `transposed`. Any strides. A program computes
-    BLOCK_M positions x BLOCK_N channels.
+    BLOCK_M positions x BLOCK_N channels. `reverse`: the last tap comes first.
     """
     N, C_in, L_in = x.shape
     _, C_out, L_out = y.shape
@@ -132,11 +133,12 @@ def conv1d_depthwise(
     step = stride // common if transposed else 1
     tiles_l = triton.cdiv(L_out, config.BLOCK_M)
     tiles_c = triton.cdiv(C_out, config.BLOCK_N)
+    taps, tap_stride = first_tap(weight, reverse)
     launch(
         conv1d_depthwise_fwd_kernel,
         (tiles_l * tiles_c * N,),
         x,
-        weight,
+        taps,
         bias if bias is not None else weight,
         y,
         L_in,
@@ -147,7 +149,7 @@ def conv1d_depthwise(
         dilation,
         *x.stride(),
         weight.stride(0),
-        weight.stride(2),
+        tap_stride,
         *y.stride(),
         tiles_l,
         tiles_c,

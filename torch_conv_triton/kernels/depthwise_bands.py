@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from torch_conv_triton.kernels.common import needs_int64, round_tf32
+from torch_conv_triton.kernels.common import first_tap, needs_int64, round_tf32
 from torch_conv_triton.kernels.depthwise_rows import inside
 from torch_conv_triton.kernels.depthwise_toeplitz import vector_length
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_outputs
@@ -251,11 +251,12 @@ def conv1d_depthwise_bands(
     tf32: bool,
     config,
     fusion: Fusion = NO_FUSION,
+    reverse: bool = False,
 ) -> None:
     """Write the depthwise convolution, of stride and dilation 1, of x ``(N, C_in, L_in)`` into y ``(N, C_out, L_out)``.
 
     C_out is a multiple of C_in. Weight ``(C_out, 1, K)``, any strides. x and y have L contiguous; float32 only in TF32. A program
-    computes `steps` tiles of one channel, each 16 runs a warp of `run` blocks of 16 outputs.
+    computes `steps` tiles of one channel, each 16 runs a warp of `run` blocks of 16 outputs. `reverse`: the last tap comes first.
     """
     N, C_in, L_in = x.shape
     _, C_out, L_out = y.shape
@@ -266,11 +267,12 @@ def conv1d_depthwise_bands(
     lead = x_vector - 1 if x_phased or y_phased else -padding % x_vector
     runs = triton.cdiv(L_out + (y_vector - 1 if y_phased else 0), BLOCK * config.run)
     programs = triton.cdiv(N * runs, BLOCK * config.num_warps * config.steps)
+    taps, tap_stride = first_tap(weight, reverse)
     launch(
         conv1d_depthwise_bands_fwd_kernel,
         (programs * C_out,),
         x,
-        weight,
+        taps,
         bias if bias is not None else weight,
         y,
         N,
@@ -281,7 +283,7 @@ def conv1d_depthwise_bands(
         x.stride(0) // x_vector,
         x.stride(1),
         weight.stride(0),
-        weight.stride(2),
+        tap_stride,
         y.stride(0) // y_vector,
         y.stride(1),
         runs,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torch_conv_triton.kernels.common import first_tap
 from torch_conv_triton.kernels.launch import launch
 
 
@@ -75,28 +76,37 @@ def conv1d_depthwise_short_fwd_kernel(
 
 
 def conv1d_depthwise_short(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, stride: int, padding: int, dilation: int, config
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    config,
+    reverse: bool = False,
 ) -> None:
     """Write the depthwise convolution of x ``(N, C_in, L_in)`` into y ``(N, C_out, L_out)``; C_out is a multiple of C_in.
 
     Weight ``(C_out, 1, K)``. Any strides; lengths and taps are few, as they are held in registers. A program computes all
-    positions of BLOCK_M samples x BLOCK_N channels.
+    positions of BLOCK_M samples x BLOCK_N channels. `reverse`: the last tap comes first.
     """
     N, C_in, L_in = x.shape
     _, C_out, L_out = y.shape
     tiles_c = triton.cdiv(C_out, config.BLOCK_N)
+    taps, tap_stride = first_tap(weight, reverse)
     launch(
         conv1d_depthwise_short_fwd_kernel,
         (tiles_c * triton.cdiv(N, config.BLOCK_M),),
         x,
-        weight,
+        taps,
         bias if bias is not None else weight,
         y,
         N,
         C_out,
         *x.stride(),
         weight.stride(0),
-        weight.stride(2),
+        tap_stride,
         *y.stride(),
         tiles_c,
         MULTIPLIER=C_out // C_in,

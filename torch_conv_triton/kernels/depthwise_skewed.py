@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import needs_int64, widen
+from torch_conv_triton.kernels.common import first_tap, needs_int64, widen
 from torch_conv_triton.kernels.launch import launch
 from torch_conv_triton.kernels.vectors import put_together, take_apart
 
@@ -95,11 +95,13 @@ def conv1d_depthwise_skewed_fwd_kernel(
                 tl.store(pointers, run, mask=(positions >= 0) & (positions < L_out) & ~whole[:, None] & there)
 
 
-def conv1d_depthwise_skewed(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, padding: int, config) -> None:
+def conv1d_depthwise_skewed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, padding: int, config, reverse: bool = False
+) -> None:
     """Write the depthwise convolution, of stride and dilation 1, of x ``(N, C, L_in)`` into y ``(N, C, L_out)``.
 
     Weight ``(C, 1, K)``, any strides. x has C contiguous, y has L; 16 bytes divide C. A program computes `steps` tiles of
-    BLOCK_M outputs x BLOCK_N channels, a thread `run` outputs in a row.
+    BLOCK_M outputs x BLOCK_N channels, a thread `run` outputs in a row. `reverse`: the last tap comes first.
     """
     N, C, L_in = x.shape
     L_out = y.shape[2]
@@ -109,11 +111,12 @@ def conv1d_depthwise_skewed(x: Tensor, weight: Tensor, bias: Tensor | None, y: T
     most = max(e * skew % run for e in range(vector))
     tiles_l = triton.cdiv(L_out + most, config.BLOCK_M * config.steps)
     tiles_c = triton.cdiv(C, config.BLOCK_N)
+    taps, tap_stride = first_tap(weight, reverse)
     launch(
         conv1d_depthwise_skewed_fwd_kernel,
         (tiles_l * tiles_c * N,),
         x,
-        weight,
+        taps,
         bias if bias is not None else weight,
         y,
         L_in,
@@ -123,7 +126,7 @@ def conv1d_depthwise_skewed(x: Tensor, weight: Tensor, bias: Tensor | None, y: T
         x.stride(0),
         x.stride(2),
         weight.stride(0),
-        weight.stride(2),
+        tap_stride,
         y.stride(0) // run,
         y.stride(1),
         tiles_l,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import needs_int64, position_in_x, widen
+from torch_conv_triton.kernels.common import first_tap, needs_int64, position_in_x, widen
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import launch
 from torch_conv_triton.kernels.program import is_plain
@@ -149,11 +149,13 @@ def conv1d_depthwise_sliding(
     dilation: int,
     config,
     fusion: Fusion = NO_FUSION,
+    reverse: bool = False,
 ) -> None:
     """Write the depthwise convolution, of stride 1, of x ``(N, C, L_in)`` into y ``(N, C, L_out)``, any strides.
 
     Weight ``(C, 1, K)``. y has its length contiguous at dilation 1 alone. Fast for channels-last x. A program computes `steps`
     tiles of BLOCK_M outputs x BLOCK_N channels, a thread `run` outputs in a row, `dilation` apart.
+    `reverse`: the last tap comes first.
     """
     N, C, L_in = x.shape
     L_out = y.shape[2]
@@ -162,11 +164,12 @@ def conv1d_depthwise_sliding(
     tiles_c = triton.cdiv(C, config.BLOCK_N)
     y_ncl = y.stride(2) == 1
     y_vector = gcd(16 // y.element_size(), y.stride(0), y.stride(1), L_out) if y_ncl else 1
+    taps, tap_stride = first_tap(weight, reverse)
     launch(
         conv1d_depthwise_sliding_fwd_kernel,
         (tiles_l * tiles_c * N,),
         x,
-        weight,
+        taps,
         bias if bias is not None else weight,
         y,
         L_in,
@@ -177,7 +180,7 @@ def conv1d_depthwise_sliding(
         x.stride(0),
         x.stride(2),
         weight.stride(0),
-        weight.stride(2),
+        tap_stride,
         y.stride(0),
         y.stride(1) // y_vector,
         y.stride(2),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import needs_int64, widen
+from torch_conv_triton.kernels.common import first_tap, needs_int64, widen
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_outputs
 from torch_conv_triton.kernels.launch import launch
 from torch_conv_triton.kernels.program import is_plain
@@ -108,11 +108,13 @@ def conv1d_depthwise_vector(
     dilation: int,
     config,
     fusion: Fusion = NO_FUSION,
+    reverse: bool = False,
 ) -> None:
     """Write the depthwise convolution, of stride 1, of x ``(N, C_in, L_in)`` into y ``(N, C_out, L_out)``.
 
     C_out is a multiple of C_in. Weight ``(C_out, 1, K)``, any strides. x and y have L contiguous and start on 16 bytes; their
     lengths and other strides are multiples of 16 bytes. A program computes BLOCK_M outputs of one channel.
+    `reverse`: the last tap comes first.
     """
     N, C_in, L_in = x.shape
     _, C_out, L_out = y.shape
@@ -120,11 +122,12 @@ def conv1d_depthwise_vector(
     vector = 16 // x.element_size()
     shift = -padding % vector
     tiles = triton.cdiv(L_out, config.BLOCK_M)
+    taps, tap_stride = first_tap(weight, reverse)
     launch(
         conv1d_depthwise_vector_fwd_kernel,
         (tiles * C_out * N,),
         x,
-        weight,
+        taps,
         bias if bias is not None else weight,
         y,
         L_in // vector,
@@ -133,7 +136,7 @@ def conv1d_depthwise_vector(
         x.stride(0) // vector,
         x.stride(1) // vector,
         weight.stride(0),
-        weight.stride(2),
+        tap_stride,
         y.stride(0) // vector,
         y.stride(1) // vector,
         tiles,
