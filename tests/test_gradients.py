@@ -162,6 +162,20 @@ def test_x_and_the_gradient_take_each_other_s_place(case):
     assert_within_budget(actual, expected, problem.precision)
 
 
+@pytest.mark.parametrize("case", [*named("odd_everything", "K_above_L", "grouped_tiny"), *MANY_POSITIONS], ids=str)
+def test_each_tap_may_have_rows_of_its_own(case):
+    layout = LAYOUTS[case.K % 3]
+    x, weight, _ = make_inputs(case, torch.float32, layout)
+    grad_output = make_grad_output(case, torch.float32, layout)
+    _, expected = expected_gradients(case, x, weight, grad_output)
+    problem = dispatch_gradients.weight_grad_problem(grad_output, x, case.K, *geometry(case))
+    plan = with_bias(Plan("weight_grad_rows", replace(TILE, tap_rows=True), "the test's"), splits=2)
+    with poisoned_allocations():
+        found, bias = gradients.run_weight_bias_grad(Call(problem, plan), grad_output, x)
+    assert_within_budget(found, expected, "tf32")
+    assert_within_budget(bias, grad_output.double().sum((0, 2)))
+
+
 def test_few_output_channels_take_the_place_of_x():
     case = Case("few_out", 2, 40, 70, 3, 5, padding=2)
     x, grad_output = torch.randn(2, 40, 70), make_grad_output(case, torch.float32)

@@ -30,7 +30,8 @@ class WeightGradConfig:
     the left of the product. `prefetch`: blocks are loaded ahead into registers instead of shared memory. `copy_to_nlc`: what
     of grad_output and x is not NLC is copied to NLC first, a workspace of their size. `exchanged`, at stride 1 only: x and
     grad_output take each other's place, so BLOCK_O counts input channels and a column is an output channel at a tap. `with_bias`:
-    grad_output is added up too, which is the gradient of the bias, with partial sums of its own in the workspace.
+    grad_output is added up too, which is the gradient of the bias, with partial sums of its own in the workspace. `tap_rows`, of
+    the product of rows: x is copied for each tap.
     """
 
     BLOCK_O: int
@@ -45,11 +46,12 @@ class WeightGradConfig:
     copy_to_nlc: bool = False
     exchanged: bool = False
     with_bias: bool = False
+    tap_rows: bool = False
 
     def __str__(self) -> str:
         flags = [
             name
-            for name in ("tap_major", "grad_left", "prefetch", "copy_to_nlc", "exchanged", "with_bias")
+            for name in ("tap_major", "grad_left", "prefetch", "copy_to_nlc", "exchanged", "with_bias", "tap_rows")
             if getattr(self, name)
         ]
         blocks = f"{self.BLOCK_O}x{self.BLOCK_C}x{self.BLOCK_L}"
@@ -240,6 +242,8 @@ def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: C
         return "grad_output does not pass through the registers of a few tiles, where it could be added up"
     if config.exchanged and (problem.stride > 1 or kernel != "weight_grad"):
         return "x and grad_output take each other's place at stride 1 only"
+    if config.tap_rows and (kernel != "weight_grad_rows" or tap_rows_bytes(problem) > 2 * WORKSPACE_BYTES):
+        return "x is not copied for each tap, or is too large for that"
     partial, most = problem.C_out * problem.C_in_per_group * problem.K, 128
     if kernel == "weight_grad_banded":
         partial = problem.C_out * (problem.K + config.BLOCK_C - 1) * config.BLOCK_C
@@ -265,6 +269,11 @@ def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: C
     if problem.N * problem.L_out > 4 * POSITIONS_PER_SPLIT * config.splits:
         return "an accumulator would sum too many positions"
     return None
+
+
+def tap_rows_bytes(problem: Conv1dProblem) -> int:
+    """Bytes of what each tap reads of x."""
+    return problem.N * problem.L_out * problem.C_in * problem.K * problem.dtype.itemsize
 
 
 def adds_up_grad_output(kernel: str, config: WeightGradConfig, problem: Conv1dProblem) -> bool:

@@ -2,7 +2,8 @@
 
 A sum over positions wants rows of positions. Each channel of grad_output becomes one row, its samples one after another with
 zeros between them; so does each channel of x at each phase of the stride. A tap then is a shift along the row, the same for all
-samples, and nothing passes through registers on its way to the tensor cores.
+samples, and nothing passes through registers on its way to the tensor cores. Where x is small, each tap has rows of its own
+instead: then samples touch each other, and what is read starts on 16 bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch_conv_triton.kernels.reduction import partial_sums, sum_partials
 @triton.jit(do_not_specialize=["samples", "tiles"])
 def copy_to_rows_kernel(
     x_ptr,  # (N, C, L), any strides
-    out_ptr,  # (C, PHASES, row), each sample taking `pitch` places of a row
+    out_ptr,  # (C, ROWS, row), each sample taking `pitch` places of a row
     sums_ptr,  # (tiles, C), what each program copies added up
     C,
     L,
@@ -31,51 +32,55 @@ def copy_to_rows_kernel(
     stride_xc,
     stride_xl,
     tiles,
-    PHASES: tl.constexpr,
+    ROWS: tl.constexpr,  # of a channel
+    STEP: tl.constexpr,  # positions from place to place
+    SHIFT: tl.constexpr,  # positions by which a row is ahead of the one before it
     SUMS: tl.constexpr,
     SHORT: tl.constexpr,  # a tile spans more than two samples
     INT64: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
     start = pid % tiles * BLOCK
     c = pid // tiles % C
-    phase = pid // tiles // C * BLOCK_P + tl.arange(0, BLOCK_P)
+    r = pid // tiles // C * BLOCK_R + tl.arange(0, BLOCK_R)
     sample = start // pitch
     j = start - sample * pitch + tl.arange(0, BLOCK)
     if SHORT:
         ahead = j // pitch
     else:
         ahead = (j >= pitch).to(tl.int32)
-    at = ((j - ahead * pitch) * PHASES - left)[:, None] + phase[None, :]
-    is_phase = (phase < PHASES)[None, :]
-    mask = (ahead < samples - sample)[:, None] & (at >= 0) & (at < L) & is_phase
+    at = ((j - ahead * pitch) * STEP - left)[:, None] + (r * SHIFT)[None, :]
+    is_row = (r < ROWS)[None, :]
+    mask = (ahead < samples - sample)[:, None] & (at >= 0) & (at < L) & is_row
     x_ptr += sample.to(tl.int64) * stride_xn + c.to(tl.int64) * stride_xc
     x = tl.load(x_ptr + ((widen(ahead, INT64) * stride_xn)[:, None] + widen(at, INT64) * stride_xl), mask=mask, other=0.0)
-    out_ptr += c.to(tl.int64) * PHASES * row + start
+    out_ptr += c.to(tl.int64) * ROWS * row + start
     places = tl.arange(0, BLOCK)
-    to = (widen(phase, INT64) * row)[None, :] + places[:, None]
-    tl.store(out_ptr + to, round_tf32(x), mask=(start + places < row)[:, None] & is_phase)
+    to = (widen(r, INT64) * row)[None, :] + places[:, None]
+    tl.store(out_ptr + to, round_tf32(x), mask=(start + places < row)[:, None] & is_row)
     if SUMS:
         tl.store(sums_ptr + (pid % tiles).to(tl.int64) * C + c, tl.sum(tl.sum(x, 1), 0))
 
 
-def copy_to_rows(x: Tensor, phases: int, left: int, pitch: int, row: int, summed: bool = False) -> tuple[Tensor, Tensor | None]:
-    """x ``(N, C, L)`` of float32 as rows ``(C, phases, row)``, rounded to TF32; and partial sums ``(parts, C)`` if `summed`.
+def copy_to_rows(
+    x: Tensor, rows: int, step: int, shift: int, left: int, pitch: int, length: int, summed: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """x ``(N, C, L)`` of float32 as `rows` of each channel, rounded to TF32; and partial sums ``(parts, C)`` if `summed`.
 
-    Place n * pitch + j of a row at a phase holds sample n at position j * phases + phase - left, zero where there is none.
-    What is summed has one phase.
+    Rows are ``(C, rows, length)``. Place n * pitch + j of row r holds sample n at position j * step + r * shift - left, zero
+    where there is none. What is summed has one row.
     """
     N, C, L = x.shape
-    out = workspace((C, phases, row), dtype=x.dtype, device=x.device)
-    block_p = min(32, triton.next_power_of_2(phases))
-    block = 1024 // block_p
-    tiles = triton.cdiv(row, block)
+    out = workspace((C, rows, length), dtype=x.dtype, device=x.device)
+    block_r = min(32, triton.next_power_of_2(rows))
+    block = 1024 // block_r
+    tiles = triton.cdiv(length, block)
     sums = workspace((tiles, C), dtype=x.dtype, device=x.device) if summed else None
     launch(
         copy_to_rows_kernel,
-        (tiles * C * triton.cdiv(phases, block_p),),
+        (tiles * C * triton.cdiv(rows, block_r),),
         x,
         out,
         sums if summed else out,
@@ -84,14 +89,16 @@ def copy_to_rows(x: Tensor, phases: int, left: int, pitch: int, row: int, summed
         left,
         N,
         pitch,
-        row,
+        length,
         *x.stride(),
         tiles,
-        PHASES=phases,
+        ROWS=rows,
+        STEP=step,
+        SHIFT=shift,
         SUMS=summed,
         SHORT=pitch < block,
         INT64=max(2 * x.stride(0), out.numel()) > OFFSET_LIMIT or needs_int64(x),
-        BLOCK_P=block_p,
+        BLOCK_R=block_r,
         BLOCK=block,
         num_warps=4,
     )
@@ -101,7 +108,7 @@ def copy_to_rows(x: Tensor, phases: int, left: int, pitch: int, row: int, summed
 @triton.jit(do_not_specialize=["blocks", "blocks_per_split", "tiles_o", "tiles_c"])
 def conv1d_weight_grad_rows_kernel(
     dy_ptr,  # (groups * C_OUT, dy_row)
-    x_ptr,  # (groups * C_IN, PHASES, x_row)
+    x_ptr,  # (groups * C_IN, PHASES, x_row), or with TAP_ROWS (groups * C_IN, K, x_row)
     out_ptr,  # (splits, groups * C_OUT, C_IN, K) contiguous
     dy_row,
     x_row,
@@ -117,6 +124,7 @@ def conv1d_weight_grad_rows_kernel(
     C_IN: tl.constexpr,  # per group
     K: tl.constexpr,
     PHASES: tl.constexpr,
+    TAP_ROWS: tl.constexpr,
     TAP_MAJOR: tl.constexpr,
     GRAD_LEFT: tl.constexpr,
     INT64: tl.constexpr,
@@ -137,10 +145,15 @@ def conv1d_weight_grad_rows_kernel(
     else:
         c = column // K
         k = column % K
-    shift = k * dilation
+    if TAP_ROWS:
+        row = (group * C_IN + c) * K + k
+        shift = tl.zeros_like(k)
+    else:
+        row = (group * C_IN + c) * PHASES + k * dilation % PHASES
+        shift = k * dilation // PHASES
     j = tl.arange(0, BLOCK_L)
     rows_of_dy = widen(group * C_OUT + tl.minimum(o, C_OUT - 1), INT64) * dy_row
-    rows_of_x = widen((group * C_IN + c) * PHASES + shift % PHASES, INT64) * x_row + shift // PHASES
+    rows_of_x = widen(row, INT64) * x_row + shift
     if GRAD_LEFT:
         acc = tl.zeros((BLOCK_O, BLOCK_C), dtype=tl.float32)
     else:
@@ -149,9 +162,13 @@ def conv1d_weight_grad_rows_kernel(
     for b in range(first, tl.minimum(first + blocks_per_split, blocks)):
         start = b * BLOCK_L
         dy = tl.load(dy_ptr + start + (rows_of_dy[:, None] + j[None, :]))
-        # between samples dy is zero, but zero times a NaN that only other taps may see is none
-        is_position = (start + j) % pitch < L_out
-        x = tl.load(x_ptr + start + (rows_of_x[None, :] + j[:, None]), mask=is_position[:, None], other=0.0)
+        to_x = x_ptr + start + (rows_of_x[None, :] + j[:, None])
+        if TAP_ROWS:
+            x = tl.load(to_x)
+        else:
+            # between samples dy is zero, but zero times a NaN that only other taps may see is none
+            is_position = (start + j) % pitch < L_out
+            x = tl.load(to_x, mask=is_position[:, None], other=0.0)
         acc = dot_tile(tl.trans(x), dy, acc, GRAD_LEFT, "tf32")
 
     # the weight's own order, whatever the order of the columns
@@ -182,19 +199,20 @@ def conv1d_weight_grad_rows(
     bias into grad_bias ``(C_out,)`` if there is one, all float32.
 
     grad_output ``(N, C_out, L_out)`` and x ``(N, C_in, L_in)``, any strides. `config` is a `WeightGradConfig`. The workspace
-    holds a copy of grad_output and of the samples of x that have a gradient, and with more than one split `splits` float32 copies
-    of grad_weight; for the bias a sum for every 1024 places of a row.
+    holds a copy of grad_output and of the samples of x that have a gradient, with `tap_rows` for each tap, and with more than one
+    split `splits` float32 copies of grad_weight; for the bias a sum for every 1024 places of a row.
     """
     N, C_out, L_out = grad_output.shape
     _, C_in, K = grad_weight.shape
-    reach = dilation * (K - 1) // stride
+    reach = 0 if config.tap_rows else dilation * (K - 1) // stride
     # so that rows start on 16 bytes, and blocks do
     pitch = L_out + reach
     blocks = triton.cdiv(N * pitch, config.BLOCK_L)
     dy_row = blocks * config.BLOCK_L
     x_row = triton.cdiv(dy_row + reach, 16) * 16
-    dy_rows, bias_partials = copy_to_rows(grad_output, 1, 0, pitch, dy_row, summed=grad_bias is not None)
-    x_rows, _ = copy_to_rows(x, stride, padding, pitch, x_row)
+    dy_rows, bias_partials = copy_to_rows(grad_output, 1, 1, 0, 0, pitch, dy_row, summed=grad_bias is not None)
+    rows, shift = (K, dilation) if config.tap_rows else (stride, 1)
+    x_rows, _ = copy_to_rows(x, rows, stride, shift, padding, pitch, x_row)
     per_split = triton.cdiv(blocks, config.splits)
     splits = triton.cdiv(blocks, per_split)
     partials = partial_sums(grad_weight, splits)
@@ -220,6 +238,7 @@ def conv1d_weight_grad_rows(
         C_IN=C_in,
         K=K,
         PHASES=stride,
+        TAP_ROWS=config.tap_rows,
         TAP_MAJOR=config.tap_major,
         GRAD_LEFT=config.grad_left,
         INT64=max(dy_rows.numel(), x_rows.numel()) > OFFSET_LIMIT,

@@ -298,6 +298,12 @@ def _weight_grad(problem: Conv1dProblem, device: Device, start: WeightGradConfig
         yield from nearest(replace(start, exchanged=not start.exchanged), 6, left, **axes)
 
 
+def _weight_grad_rows(problem: Conv1dProblem, device: Device, start: WeightGradConfig, accepted: Accepts) -> Steps:
+    yield from _weight_grad(problem, device, start, accepted)
+    if problem.K > 1:
+        yield from _weight_grad(problem, device, replace(start, tap_rows=True), accepted)
+
+
 def _weight_grad_depthwise(problem: Conv1dProblem, device: Device, start: WeightGradConfig, accepted: Accepts) -> Steps:
     yield from nearest(
         start,
@@ -420,7 +426,7 @@ _STEPS: dict[str, Callable[[Conv1dProblem, Device, Config, Callable[[Config], bo
     "depthwise_sliding": _depthwise_sliding,
     "depthwise_toeplitz": _depthwise_toeplitz,
     "weight_grad": _weight_grad,
-    "weight_grad_rows": _weight_grad,
+    "weight_grad_rows": _weight_grad_rows,
     "weight_grad_depthwise": _weight_grad_depthwise,
     "weight_grad_banded": _weight_grad_banded,
 }
