@@ -18,6 +18,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Triton decides when a kernel is loaded, so it is one or the other for the whole run
     if not _on_gpu(config):
         os.environ["TRITON_INTERPRET"] = "1"
+        from interpreter import make_faster
+
+        make_faster()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
