@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_conv_triton.bench import model_run
 from torch_conv_triton.bench.errors import BenchError
 from torch_conv_triton.bench.model_run import ModelResult, WayResult, relative_error, verdict
-from torch_conv_triton.bench.models import MODELS, build, with_plain_integers
+from torch_conv_triton.bench.models import MODELS, build, with_plain_integers, with_whole_lstms
 
 
 class Count1dConvolutions(TorchDispatchMode):
@@ -73,6 +73,15 @@ class TestBuild:
             before = encoder(wave)
             assert torch.equal(with_plain_integers(encoder)(wave), before)
         assert not any("stride" in module._buffers for module in encoder.modules())
+
+    def test_whole_lstms_change_no_output_and_leave_one_graph(self):
+        model, (wave,), _ = build("encodec_24khz", "cpu", size="small")
+        with torch.no_grad():
+            before = model(wave)
+            with_whole_lstms(model)
+            assert torch.equal(model(wave), before)
+            explained = torch._dynamo.explain(model)(wave)
+        assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
     def test_the_gate_without_a_tensor_changes_no_output(self):
         vits = importlib.reload(importlib.import_module("transformers.models.vits.modeling_vits"))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_conv_triton.bench.errors import BenchError
-from torch_conv_triton.bench.models import MODELS, build
+from torch_conv_triton.bench.models import MODELS, build, with_whole_lstms
 from torch_conv_triton.bench.progress import track
 from torch_conv_triton.bench.results import write_json
 from torch_conv_triton.bench.run import provenance, require_gpu
@@ -152,6 +152,8 @@ def measure_model(name: str, dtype: str, *, size: str, train: bool, ways: Sequen
         module, args, kwargs = build(name, "cuda", dtype, size)
         if train:
             enable_training(module)
+        else:
+            with_whole_lstms(module)
         expected = reference_values(module, args, kwargs, torch.float64 if size == "small" else torch.float32, train)
         backend = RecordingBackend(module)
         runs = {

@@ -80,6 +80,31 @@ class Codec(nn.Module):
         return self.decoder(self.encoder(wave))
 
 
+class WholeLSTM(nn.Module):
+    """The outputs of an LSTM ``(L, N, C)``, for inference, as one operator that torch.compile does not look into.
+
+    Else the graph would end there, and inside a loop over layers everything in that loop would be compiled layer by layer.
+    """
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        super().__init__()
+        self.layers, self.weights = lstm.num_layers, nn.ParameterList(lstm._flat_weights)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return _lstm(x, list(self.weights), self.layers), None
+
+
+@torch.library.custom_op("torch_conv_triton_bench::lstm", mutates_args=())
+def _lstm(x: Tensor, weights: list[Tensor], layers: int) -> Tensor:
+    states = [x.new_zeros(layers, x.shape[1], weights[1].shape[1]) for _ in range(2)]
+    return torch.lstm(x, states, weights, True, layers, 0.0, False, False, False)[0]
+
+
+@_lstm.register_fake
+def _(x: Tensor, weights: list[Tensor], layers: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], weights[1].shape[1])
+
+
 class VitsVocoder(nn.Module):
     """The part of VITS after the length of the speech has been predicted: flow and decoder."""
 
@@ -104,6 +129,14 @@ def with_plain_integers(model: nn.Module) -> nn.Module:
             module._get_extra_padding_for_conv1d = types.MethodType(_extra_padding, module)
         if type(module).__name__ == "VitsWaveNet":
             importlib.import_module(type(module).__module__).fused_add_tanh_sigmoid_multiply = _gate
+    return model
+
+
+def with_whole_lstms(model: nn.Module) -> nn.Module:
+    """The same function, for inference, with each LSTM of a codec as a `WholeLSTM`."""
+    for module in list(model.modules()):
+        if type(module).__name__ == "EncodecLSTM":
+            module.lstm = WholeLSTM(module.lstm)
     return model
 
 
