@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,7 @@ from torch_conv_triton import dispatch, fused
 from torch_conv_triton.dispatch import Plan
 from torch_conv_triton.epilogue import Output, Program, Value, parse
 from torch_conv_triton.graph.convolution import has_strides, named_arguments, stand_in, value
+from torch_conv_triton.graph.report import ConvRecord
 from torch_conv_triton.problem import Conv1dProblem
 
 ops = torch.ops.triton_conv
@@ -107,6 +108,21 @@ class OperatorCall:
         call = call_for(graph, max(node, *self.tensors), FUSED, arguments, results)
         call.meta = {**node.meta, **call.meta}
         return call, take_over(graph, call, outputs)
+
+    def take_place_of(
+        self, node: Node, outputs: Sequence[Node], records: dict[Node, ConvRecord], folded: Iterable[str]
+    ) -> tuple[Node, ...]:
+        """Put it in the place of a call of ours: for these outputs of `node`, whose others nothing reads, and for its record.
+
+        Returns the nodes that hold what it computes. `folded`: what the record is to name, empty words left out.
+        """
+        unused = dict.fromkeys((*self.outputs(node), node))
+        call, new = self.put(node.graph, node, outputs)
+        for old in unused:
+            node.graph.erase_node(old)
+        record = ConvRecord.of(records.pop(node).module, "forward", self.problem(), rewritten=True, plan=self.plan())
+        records[call] = replace(record, folded=", ".join(filter(None, folded)))
+        return new
 
     def with_program(self, program: Program, operands: Sequence[Node]) -> OperatorCall:
         return replace(self, program=program, operands=tuple(operands))

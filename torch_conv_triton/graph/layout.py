@@ -37,16 +37,11 @@ def choose_layouts(graph: Graph, records: dict[Node, ConvRecord]) -> None:
         source = choice.stored.get(before.input, Storage("NCL"))
         chosen = choice.of(before, outputs)
         call = replace(before, program=_store(before.program, chosen), rounded=source.rounded)
-        if call == before or ((plan := call.plan()).is_aten and not any(storage.through for storage in chosen)):
+        if call == before or (call.plan().is_aten and not any(storage.through for storage in chosen)):
             continue
-        new, new_outputs = call.put(graph, node, outputs)
-        for unused in dict.fromkeys((*outputs, node)):
-            graph.erase_node(unused)
+        folded = (records[node].folded, *(storage.words for storage in chosen), "reads rounded" * call.rounded)
+        new_outputs = call.take_place_of(node, outputs, records, folded)
         choice.stored.update(zip(new_outputs, chosen, strict=True))
-        record = records.pop(node)
-        words = filter(None, [record.folded, *(storage.words for storage in chosen), "reads rounded" * call.rounded])
-        record = ConvRecord.of(record.module, "forward", call.problem(), rewritten=True, plan=plan)
-        records[new] = replace(record, folded=", ".join(words))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ ones keep a tile of x for all taps, they can compute the activation of each elem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch.fx import Graph, Node
@@ -34,9 +33,11 @@ def fold_prologues(graph: Graph, records: dict[Node, ConvRecord]) -> None:
                 names = " ".join(instruction.name for instruction in prologue)
                 for reader in list(other.users):
                     prepared = _beginning(OperatorCall.of(reader), stored, prologue)
-                    _put(reader, OperatorCall.outputs(reader), prepared, records, f"{names} before")
+                    folded = records[reader].folded.removesuffix("reads rounded").removesuffix(", ")
+                    prepared.take_place_of(reader, OperatorCall.outputs(reader), records, (folded, f"{names} before"))
                 program = keep_outputs(call.program, [call.program.outputs[outputs.index(stored)]])
-                _put(node, (stored,), replace(call, program=program), records, f"{names} by its readers")
+                folded = records[node].folded, f"{names} by its readers"
+                replace(call, program=program).take_place_of(node, (stored,), records, folded)
                 break
 
 
@@ -59,15 +60,3 @@ def _may_begin(node: Node, other: Node, stored: Node, prologue: tuple[Instructio
 
 def _beginning(call: OperatorCall, stored: Node, prologue: tuple[Instruction, ...]) -> OperatorCall:
     return replace(call, input=stored, program=replace(call.program, prologue=prologue), rounded=False)
-
-
-def _put(node: Node, outputs: Sequence[Node], call: OperatorCall, records: dict[Node, ConvRecord], words: str) -> None:
-    """Let a call stand in for these outputs of a node, whose others nothing reads."""
-    old = OperatorCall.outputs(node)
-    new, _ = call.put(node.graph, node, outputs)
-    for unused in dict.fromkeys((*old, node)):
-        node.graph.erase_node(unused)
-    record = records.pop(node)
-    known = record.folded if call.rounded else record.folded.removesuffix("reads rounded").removesuffix(", ")
-    record = ConvRecord.of(record.module, "forward", call.problem(), rewritten=True, plan=call.plan())
-    records[new] = replace(record, folded=", ".join(filter(None, [known, words])))
