@@ -18,6 +18,7 @@ from torch_conv_triton.dispatch import Device, Plan
 from torch_conv_triton.problem import Conv1dProblem, contiguous_strides
 
 aten = torch.ops.aten
+MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 # torch 2.11 knows it by its older name; neither adds a guard
 size_hint = getattr(symbolic_shapes, "optimization_hint", None) or symbolic_shapes.size_hint
@@ -83,14 +84,19 @@ def static_problems(graph: Graph) -> dict[torch.device, list[Conv1dProblem]]:
     One with a bias comes without it too, as which it may run, see `rewrite_convolutions`.
     """
     found: dict[torch.device, list[Conv1dProblem]] = {}
-    for node in graph.find_nodes(op="call_function", target=aten.convolution.default):
-        conv = read(node)
-        if conv is None or reason_to_keep(conv) or not conv.is_static or dispatch.refusal(conv.problem()):
+    for conv in convolutions(graph):
+        if reason_to_keep(conv) or not conv.is_static or dispatch.refusal(conv.problem()):
             continue
         problem = conv.problem()
         with_and_without = [problem, replace(problem, has_bias=False)] if problem.has_bias else [problem]
         found.setdefault(value(conv.input).device, []).extend(with_and_without)
     return found
+
+
+def convolutions(graph: Graph) -> list[Convolution]:
+    """The 1-D convolutions of a graph, without their backwards."""
+    nodes = graph.find_nodes(op="call_function", target=aten.convolution.default)
+    return [conv for conv in map(read, nodes) if conv is not None]
 
 
 def read(node: Node) -> Convolution | None:

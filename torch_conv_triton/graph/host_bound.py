@@ -12,17 +12,14 @@ from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
 from torch_conv_triton.configs import Device
-from torch_conv_triton.graph.convolution import Convolution, aten, read
+from torch_conv_triton.graph.convolution import MATRIX_PRODUCTS, Convolution, aten, convolutions
 from torch_conv_triton.problem import Conv1dProblem
 
 REASON = "the graph is so small that it waits for the host, and aten's launches are the shorter"
 HOST_US = 50
 # operators that keep a GPU busy beside the convolutions
 OTHERS = (
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
+    *MATRIX_PRODUCTS,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
@@ -34,23 +31,21 @@ def left_to_aten(graph: Graph, chained: Callable[[], Collection[Node]]) -> Colle
 
     `chained` works out which ones would be in a chain; it is asked only where the graph waits.
     """
-    convolutions = [
-        conv for node in graph.find_nodes(op="call_function", target=aten.convolution.default) if (conv := read(node))
-    ]
-    if not waits_for_host(graph, convolutions):
+    found = convolutions(graph)
+    if not waits_for_host(graph, found):
         return ()
-    small = {conv.node for conv in convolutions if _is_small(conv.problem(), conv.device)}
+    small = {conv.node for conv in found if _is_small(conv.problem(), conv.device)}
     return small.difference(chained()) if small else small
 
 
-def waits_for_host(graph: Graph, convolutions: Sequence[Convolution]) -> bool:
+def waits_for_host(graph: Graph, found: Sequence[Convolution]) -> bool:
     """Whether the host takes longer to launch the graph's 1-D convolutions than a GPU takes to compute them.
 
     Not said of graphs with sizes that change, of CUDA graphs, which the host launches at once, nor where other operators are as
     many.
     """
     times = []
-    for conv in convolutions:
+    for conv in found:
         device = conv.device
         if device is None or not device.compare_with_aten or not conv.is_static:
             return False

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from torch_conv_triton import dispatch
-from torch_conv_triton.graph.convolution import Convolution, aten, is_contiguous, read, reason_to_keep, value
+from torch_conv_triton.graph.convolution import Convolution, aten, convolutions, is_contiguous, read, reason_to_keep, value
 from torch_conv_triton.graph.host_bound import REASON
 from torch_conv_triton.graph.report import ConvRecord, module_of
 from torch_conv_triton.versus_aten import launch_bound
@@ -24,8 +24,7 @@ def rewrite_convolutions(
     takes it.
     """
     records = {}
-    nodes = [node for node in graph.find_nodes(op="call_function", target=aten.convolution.default) if read(node)]
-    for node in nodes:
+    for node in [conv.node for conv in convolutions(graph)]:
         # what it reads may have been rewritten by now
         conv = read(node)
         problem, plan, call = conv.problem(), conv.plan(), node
