@@ -139,6 +139,28 @@ def test_what_is_rounded_is_refused_as_rows_in_full_float32():
     assert dispatch_gradients.rows_refusal(problems((1, 4, 2**31 - 100), 4, 1)[1]) == "a row has 2^31 elements or more"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"K": 3},
+        {"stride": 2},
+        {"dtype": FP32},
+        {"C_in": 36},
+        {"x_strides": (5000, 1, 64)},
+        {"y_strides": (0, 1, 0)},
+        {"aligned": False},
+    ],
+    ids=str,
+)
+def test_only_aligned_rows_equally_far_apart_are_one_matrix(change):
+    def kernels(problem):
+        return {plan.kernel for plan in dispatch_gradients.weight_grad_candidates(problem, H200)}
+
+    _, problem = problems((2, 64, 37), 32, 1, BF16, layout="NLC")
+    assert "weight_grad_pointwise" in kernels(problem)
+    assert "weight_grad_pointwise" not in kernels(replace(problem, **change))
+
+
 def test_beyond_two_to_the_31_elements_a_faster_aten_is_no_reason():
     huge = problems((1, 4, 2**29 + 4100), 4, 1)
     assert dispatch_gradients.plan_input_grad(huge[0], H200).kernel == "dense_few_outputs"

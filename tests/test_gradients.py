@@ -162,6 +162,25 @@ def test_x_and_the_gradient_take_each_other_s_place(case):
     assert_within_budget(actual, expected, problem.precision)
 
 
+@pytest.mark.parametrize("grad_left", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "dtype", "groups"), [("NLC", torch.bfloat16, 1), ("NLC", torch.float16, 2), ("NCL", torch.float16, 1)]
+)
+def test_the_weight_of_a_pointwise_convolution_gets_a_product_of_block_copies(layout, dtype, groups, grad_left):
+    case = Case("pointwise", 3, 48, 37, 80, 1, groups=groups)
+    x, weight, _ = (None if t is None else t.contiguous() for t in make_inputs(case, dtype))
+    grad_output = make_grad_output(case, dtype).contiguous()
+    if layout == "NLC":
+        x, grad_output = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, grad_output))
+    problem = dispatch_gradients.weight_grad_problem(grad_output, x, 1, *geometry(case))
+    config = WeightGradConfig(32, 16, 32, splits=1 + 2 * grad_left, grad_left=grad_left, copy_to_nlc=layout == "NCL")
+    plan = Plan("weight_grad_pointwise", config, "the test's")
+    assert dispatch_gradients.plan_refusal(plan, problem, INTERPRETER) is None
+    with poisoned_allocations():
+        found = gradients.weight_grad_with(plan, problem, grad_output, x)
+    assert_within_budget(found, expected_gradients(case, x, weight, grad_output)[1])
+
+
 @pytest.mark.parametrize("case", [*named("odd_everything", "K_above_L", "grouped_tiny"), *MANY_POSITIONS], ids=str)
 def test_each_tap_may_have_rows_of_its_own(case):
     layout = LAYOUTS[case.K % 3]

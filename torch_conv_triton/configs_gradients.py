@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from torch_conv_triton.configs import Device
-from torch_conv_triton.problem import Conv1dProblem, ceil_pow2, layout_of
+from torch_conv_triton.problem import INT32_MAX, Conv1dProblem, ceil_pow2, layout_of
 
 # bytes of partial sums that a weight gradient may allocate, or a quarter of what it reads where that is more
 WORKSPACE_BYTES = 64 * 2**20
@@ -236,6 +236,33 @@ def weight_grad_rows_config(problem: Conv1dProblem, device: Device) -> WeightGra
     return with_splits(config, programs, per_sm, 4 * problem.C_out * columns, problem, device)
 
 
+def pointwise_refusal(problem: Conv1dProblem, device: Device, config: WeightGradConfig) -> str | None:
+    """Why this weight gradient is no product of block copies with this config, or None."""
+    if device.capability < 90:
+        return "tensor descriptors need sm_90"
+    if problem.dtype.itemsize != 2 or problem.K > 1 or problem.stride > 1 or problem.padding:
+        return "only 16-bit pointwise convolutions are products of rows of channels as they are"
+    if (problem.C_in_per_group | problem.C_out_per_group) % 8 or problem.N * problem.L_out > INT32_MAX:
+        return "channels of a group are not multiples of 16 bytes, or rows are too many"
+    for C, (stride_n, stride_c, stride_l) in ((problem.C_in, problem.x_strides), (problem.C_out, problem.y_strides)):
+        copied = config.copy_to_nlc and stride_c != 1
+        even = stride_c == 1 and stride_l % 8 == 0 and stride_l >= C and (problem.N == 1 or stride_n == problem.L_out * stride_l)
+        if not (copied or (even and problem.aligned)):
+            return "positions are not aligned rows, equally far apart"
+    return None
+
+
+def pointwise_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:
+    """Tile of the product of block copies: a deep pipeline, as most grids give a multiprocessor one program."""
+    BLOCK_O, BLOCK_C = (min(128, max(16, ceil_pow2(channels))) for channels in (problem.C_out_per_group, problem.C_in_per_group))
+    num_warps = 8 if BLOCK_O * BLOCK_C == 128 * 128 else 4
+    copied = problem.layout != "NLC" or layout_of(problem.y_strides, problem.C_out, problem.L_out) != "NLC"
+    config = WeightGradConfig(BLOCK_O, BLOCK_C, 64, num_warps=num_warps, num_stages=4, copy_to_nlc=copied)
+    config = replace(config, grad_left=BLOCK_O >= 64 or BLOCK_C < 64)
+    programs = -(-problem.C_out_per_group // BLOCK_O) * -(-problem.C_in_per_group // BLOCK_C) * problem.groups
+    return with_splits(config, programs, 1, 4 * problem.C_out * problem.C_in_per_group, problem, device)
+
+
 def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: Conv1dProblem, device: Device) -> str | None:
     """Why this kernel cannot compute the weight gradient with this config, or should not, or None."""
     if config.with_bias and not adds_up_grad_output(kernel, config, problem):
@@ -244,6 +271,8 @@ def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: C
         return "x and grad_output take each other's place at stride 1 only"
     if config.tap_rows and (kernel != "weight_grad_rows" or tap_rows_bytes(problem) > 2 * WORKSPACE_BYTES):
         return "x is not copied for each tap, or is too large for that"
+    if kernel == "weight_grad_pointwise" and (reason := pointwise_refusal(problem, device, config)):
+        return reason
     partial, most = problem.C_out * problem.C_in_per_group * problem.K, 128
     if kernel == "weight_grad_banded":
         partial = problem.C_out * (problem.K + config.BLOCK_C - 1) * config.BLOCK_C
@@ -283,7 +312,7 @@ def adds_up_grad_output(kernel: str, config: WeightGradConfig, problem: Conv1dPr
     apart 0.387; p11 (one) 0.330 and 0.386; p01 (8) 0.081 and 0.075.
     """
     if kernel != "weight_grad":
-        return True
+        return kernel != "weight_grad_pointwise"
     tiles = -(-problem.C_in_per_group * problem.K // config.BLOCK_C)
     return config.prefetch and not config.exchanged and tiles <= 4
 

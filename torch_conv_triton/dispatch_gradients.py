@@ -20,6 +20,8 @@ from torch_conv_triton.configs_gradients import (
     banded_weight_grad_config,
     bias_grad_config,
     depthwise_weight_grad_config,
+    pointwise_config,
+    pointwise_refusal,
     prefers_rows,
     weight_grad_config,
     weight_grad_config_refusal,
@@ -210,6 +212,9 @@ def weight_grad_candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan
             config = weight_grad_rows_config(problem, device)
             plan = Plan("weight_grad_rows", config, "a matrix product of copies, rounded and laid out for it")
             plans.insert(1 if prefers_rows(problem) else 0, plan)
+        config = pointwise_config(problem, device)
+        if pointwise_refusal(problem, device, config) is None:
+            plans.insert(0, Plan("weight_grad_pointwise", config, "pointwise: a matrix product of block copies"))
         return tuple(plans)
     plans = [Plan("weight_grad_depthwise", depthwise_weight_grad_config(problem, device), "depthwise: sums of products of rows")]
     if problem.stride == problem.dilation == 1 and problem.K <= 128:

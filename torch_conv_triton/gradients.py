@@ -160,6 +160,10 @@ def _launch(plan: Plan, p: Conv1dProblem, grad_output: Tensor, x: Tensor, grad_w
         from torch_conv_triton.kernels.weight_grad_banded import conv1d_weight_grad_banded
 
         conv1d_weight_grad_banded(grad_output, x, grad_weight, grad_bias, p.padding, config)
+    elif plan.kernel == "weight_grad_pointwise":
+        from torch_conv_triton.kernels.weight_grad_pointwise import conv1d_weight_grad_pointwise
+
+        conv1d_weight_grad_pointwise(grad_output, x, grad_weight, p.groups, config)
     elif plan.kernel == "weight_grad_rows":
         from torch_conv_triton.kernels.weight_grad_rows import conv1d_weight_grad_rows
 

@@ -298,6 +298,20 @@ def _weight_grad(problem: Conv1dProblem, device: Device, start: WeightGradConfig
         yield from nearest(replace(start, exchanged=not start.exchanged), 6, left, **axes)
 
 
+def _weight_grad_pointwise(problem: Conv1dProblem, device: Device, start: WeightGradConfig, accepted: Accepts) -> Steps:
+    yield from nearest(
+        start,
+        20,
+        accepted,
+        BLOCK_O=(64, 128, 256),
+        BLOCK_C=(64, 128, 256),
+        BLOCK_L=(32, 64, 128),
+        splits=_splits(start),
+        num_warps=(4, 8),
+        num_stages=(3, 4, 5),
+    )
+
+
 def _weight_grad_rows(problem: Conv1dProblem, device: Device, start: WeightGradConfig, accepted: Accepts) -> Steps:
     yield from _weight_grad(problem, device, start, accepted)
     if problem.K > 1:
@@ -426,6 +440,7 @@ _STEPS: dict[str, Callable[[Conv1dProblem, Device, Config, Callable[[Config], bo
     "depthwise_sliding": _depthwise_sliding,
     "depthwise_toeplitz": _depthwise_toeplitz,
     "weight_grad": _weight_grad,
+    "weight_grad_pointwise": _weight_grad_pointwise,
     "weight_grad_rows": _weight_grad_rows,
     "weight_grad_depthwise": _weight_grad_depthwise,
     "weight_grad_banded": _weight_grad_banded,
