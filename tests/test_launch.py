@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+from triton.backends.nvidia.driver import CudaLauncher, wrap_handle_tensordesc
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import torch_conv_triton
 from torch_conv_triton import memory
 from torch_conv_triton.kernels import launch as launching
-from torch_conv_triton.kernels.launch import Recording, descriptor, launch, workspace
+from torch_conv_triton.kernels.launch import Recording, _Launch, descriptor, launch, workspace
 
 
 class Kernel:
@@ -210,3 +212,34 @@ def test_every_kernel_is_launched_where_a_recording_sees_it():
     assert sum(len(re.findall(r"\blaunch\($", source, re.MULTILINE)) for source in sources) >= 7
     for source in sources:
         assert not re.search(r"_kernel\[", source)
+
+
+def test_the_inner_call_of_a_launch_is_what_triton_s_launcher_calls():
+    calls = []
+
+    def c_launcher(*args):
+        calls.append(args)
+
+    signature = {"x": "*fp32", "y": "tensordesc<fp32[8,16]>", "n": "i32"}
+    launcher = CudaLauncher.__new__(CudaLauncher)
+    sizes = dict.fromkeys(("num_ctas", "global_scratch_size", "profile_scratch_size"), 0)
+    facts = dict.fromkeys(("global_scratch_align", "profile_scratch_align", "launch_pdl", "arg_annotations", "kernel_signature"))
+    launch = wrap_handle_tensordesc(c_launcher, signature, None)
+    vars(launcher).update(sizes, **facts, launch_cooperative_grid=False, launch=launch)
+    source, metadata = SimpleNamespace(signature=signature), SimpleNamespace(tensordesc_meta=None)
+    compiled = SimpleNamespace(run=launcher, function=3, packed_metadata=(), src=source, metadata=metadata)
+    described = TensorDescriptor(torch.empty(8, 16), [8, 16], [16, 1], [8, 16])
+    whole = _Launch(compiled, (4, 1, 1), 7, [1 << 20, described, 5])
+    call, args = whole.call()
+    call(*args)
+    inner, args = whole.inner_call()
+    assert inner is c_launcher and len(calls) == 1
+    inner(*args)
+    assert calls[0] == calls[1]
+
+
+def test_a_launch_that_takes_scratch_memory_goes_through_triton_s_launcher():
+    launcher = CudaLauncher.__new__(CudaLauncher)
+    launcher.global_scratch_size = 128
+    compiled = SimpleNamespace(run=launcher, function=3, packed_metadata=())
+    assert _Launch(compiled, (4, 1, 1), 7, []).inner_call()[0] is launcher

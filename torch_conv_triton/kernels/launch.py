@@ -8,10 +8,11 @@ without Triton's binding of arguments.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from inspect import getclosurevars
 from itertools import accumulate
 from math import prod
 from operator import mul
@@ -19,6 +20,7 @@ from operator import mul
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.backends.nvidia.driver import CudaLauncher, wrap_handle_tensordesc
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -137,12 +139,12 @@ class _Step:
     args: tuple
     places: tuple[tuple[int, _Place | _Places], ...]
 
-    def on(self, addresses: list[int]) -> _Launch:
+    def on(self, addresses: list[int], stream: int) -> _Launch:
         """The launch on these addresses."""
         args = list(self.args)
         for position, place in self.places:
             args[position] = place.value(addresses)
-        return self.compiled, self.grid, args
+        return _Launch(self.compiled, self.grid, stream, args)
 
     def moved(self, places: Sequence[tuple[int, int]]) -> _Step:
         return replace(self, places=tuple((position, place.moved(places)) for position, place in self.places))
@@ -154,13 +156,48 @@ class _Step:
         return {place.tensor for places in inner for place in places}
 
 
-_Launch = tuple[CompiledKernel, tuple[int, int, int], list]
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """A launch of a compiled kernel on certain addresses and a stream, with all of its arguments."""
+
+    compiled: CompiledKernel
+    grid: tuple[int, int, int]
+    stream: int
+    args: list
+
+    def call(self) -> _Call:
+        """Its call of Triton's launcher; a subscript of the kernel would ask the hooks, and what they are to be told."""
+        compiled = self.compiled
+        return compiled.run, [*self.grid, self.stream, compiled.function, compiled.packed_metadata, None, None, None, *self.args]
+
+    def inner_call(self) -> _Call:
+        """The call that the launcher makes in the end, if that is the same every time.
+
+        Descriptors are encoded in it, which takes Python as long as the rest of a launch.
+        """
+        run, arguments = self.call()
+        if not isinstance(run, CudaLauncher) or run.global_scratch_size or run.profile_scratch_size:
+            return run, arguments
+        found: list[list] = []
+        signature, inner = self.compiled.src.signature, run.launch
+        probe = copy(run)
+        probe.launch = wrap_handle_tensordesc(
+            lambda *args: found.append(list(args)), signature, getattr(self.compiled.metadata, "tensordesc_meta", None)
+        )
+        probe(*arguments)
+        if any(str(kind).startswith("tensordesc") for kind in signature.values()):
+            inner = getclosurevars(inner).nonlocals["launcher"]
+        return inner, found[0]
+
+
+# a function and its arguments
+_Call = tuple[Callable[..., object], list]
 
 
 def _launches_are_hooked() -> bool:
     """Whether a profiler of Triton's listens to launches."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, exit = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(exit, "calls", exit))
 
 
 class Recording:
@@ -172,7 +209,8 @@ class Recording:
         self._workspaces: list[tuple] = []
         self._steps: list[_Step] = []
         self._describes = False
-        self._last: tuple[list[int], list[_Launch]] = [], []
+        # where it was last launched, and how it will be there the next time
+        self._last: tuple[list[int], list[_Launch], list[_Call]] = [], [], []
         # one tensor given twice need not be one in the next call
         given = [id(t) for t in tensors if t is not None]
         self.repeatable = len(set(given)) == len(given)
@@ -189,21 +227,24 @@ class Recording:
         """Launch again on tensors that have the shapes, strides, dtypes and alignment of the recorded ones."""
         spaces = [memory.uninitialised(*space) for space in self._workspaces]
         addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *spaces)]
-        known, launches = self._last
-        if addresses != known:
-            launches = [step.on(addresses) for step in self._steps]
-            # torch's allocator hands out the same memory to the same calls
-            self._last = addresses, launches
-        stream = driver.active.get_current_stream(tensors[0].get_device())
+        where = [driver.active.get_current_stream(tensors[0].get_device()), *addresses]
+        known, launches, calls = self._last
         if self._describes:
             _make_context_current()
+        if where != known:
+            launches = [step.on(addresses, where[0]) for step in self._steps]
+            calls = [launch.call() for launch in launches]
+            # torch's allocator hands out the same memory to the same calls
+            self._last = where, launches, []
+        elif not calls:
+            calls = [launch.inner_call() for launch in launches]
+            self._last = where, launches, calls
         if _launches_are_hooked():
-            for compiled, grid, args in launches:
-                compiled[grid](*args, stream=stream)
+            for launch in launches:
+                launch.compiled[launch.grid](*launch.args, stream=launch.stream)
             return
-        for compiled, grid, args in launches:
-            # a subscript asks the hooks at every launch, and what they are to be told
-            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+        for call, args in calls:
+            call(*args)
 
     @property
     def workspace_bytes(self) -> list[int]:
