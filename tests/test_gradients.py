@@ -195,6 +195,22 @@ def test_each_tap_may_have_rows_of_its_own(case):
     assert_within_budget(bias, grad_output.double().sum((0, 2)))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_block_copies_read_the_weight_of_a_pointwise_convolution_as_it_is(transposed):
+    case = Case("pointwise", 3, 48, 37, 80, 1)
+    weight = make_inputs(case, torch.bfloat16)[1].contiguous()
+    if transposed:
+        # what is stored by input channels is packed
+        weight = weight.transpose(0, 1).contiguous().transpose(0, 1)
+    grad_output = make_grad_output(case, torch.bfloat16).transpose(1, 2).contiguous().transpose(1, 2)
+    expected = gradients.aten_input_grad(grad_output.double(), weight.double(), case.L_in, *geometry(case))
+    kernels = set()
+    for plan, found in input_grads(case, weight, grad_output):
+        assert_within_budget(found, expected)
+        kernels.add(plan.kernel)
+    assert "dense_tma" in kernels
+
+
 def test_few_output_channels_take_the_place_of_x():
     case = Case("few_out", 2, 40, 70, 3, 5, padding=2)
     x, grad_output = torch.randn(2, 40, 70), make_grad_output(case, torch.float32)

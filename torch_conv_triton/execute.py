@@ -120,7 +120,10 @@ def launch_kernel(
     if p.transposed and plan.kernel.startswith("dense"):
         from torch_conv_triton.kernels.interleave import reversed_weight
 
-        weight, padding = reversed_weight(weight, p.groups), p.dilation * (p.K - 1) - p.padding
+        # one tap needs no reversal, and block copies read it with either of the channels contiguous
+        as_it_is = plan.kernel == "dense_tma" and p.K == p.groups == 1 and weight.element_size() == 2
+        weight = weight.transpose(0, 1) if as_it_is else reversed_weight(weight, p.groups)
+        padding = p.dilation * (p.K - 1) - p.padding
     if config.copy_to_nlc and plan.kernel.startswith("dense") and plan.kernel != "dense_frames":
         from torch_conv_triton.kernels.layout import channels_last_copy
 

@@ -21,7 +21,7 @@ from torch_conv_triton.kernels.program import halves_channels
 @triton.jit(do_not_specialize=["dilation", "padding", "tiles_m", "tiles_n"])
 def conv1d_dense_tma_fwd_kernel(
     x_desc,  # (N, STRIDE, L_in / STRIDE, GROUPS * C_IN or fewer), block [1, 1, BLOCK_M, BLOCK_K]
-    w_desc,  # (C_out, K * C_IN), block [BLOCK_N, BLOCK_K], of half the channels if the program halves them
+    w_desc,  # (C_out, K * C_IN), block [BLOCK_N, BLOCK_K], of half the channels if the program halves them; or its transpose
     b_ptr,  # (C_out,), or unused
     y_ptr,  # (N, C_out, L_out), any strides
     L_out,
@@ -39,6 +39,7 @@ def conv1d_dense_tma_fwd_kernel(
     C_IN: tl.constexpr,  # per group, whole blocks
     K: tl.constexpr,
     STRIDE: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr,  # of a pointwise convolution
     ROUND_X: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -68,7 +69,10 @@ def conv1d_dense_tma_fwd_kernel(
         row = tile_m * BLOCK_M + shift // STRIDE - padded_rows
         # only leading unit dimensions fold into the copy: any other reshape would go through registers
         x = x_desc.load([sample, shift % STRIDE, row, group * C_IN + c]).reshape(BLOCK_M, BLOCK_K)
-        w = w_desc.load([group * C_OUT + tile_n * COLUMNS, k * C_IN + c])
+        if W_TRANSPOSED:
+            w = tl.trans(w_desc.load([c, tile_n * COLUMNS]))
+        else:
+            w = w_desc.load([group * C_OUT + tile_n * COLUMNS, k * C_IN + c])
         if ROUND_X:
             x = round_tf32(x)
         acc = dot_tile(x, w, acc, WEIGHTS_LEFT, PRECISION)
@@ -121,7 +125,14 @@ def conv1d_dense_tma(
     L_out = y.shape[2]
     C_out, C_in, K = weight.shape
     C_in = triton.cdiv(C_in, config.BLOCK_K) * config.BLOCK_K
-    w, stride_wo, _ = weight_matrix(weight, tap_major=True, rounded=tf32, channels=C_in)
+    columns = config.BLOCK_N // 2 if halves_channels(fusion.epilogue) else config.BLOCK_N
+    # with the output channels contiguous it is not packed
+    w_transposed = K == groups == 1 and C_in == weight.shape[1] and is_aligned_transpose(weight) and columns == config.BLOCK_N
+    if w_transposed:
+        w, w_desc = weight, descriptor(weight, [C_in, C_out], [weight.stride(1), 1], [config.BLOCK_K, columns])
+    else:
+        w, stride_wo, _ = weight_matrix(weight, tap_major=True, rounded=tf32, channels=C_in)
+        w_desc = descriptor(w, [C_out, K * C_in], [stride_wo, 1], [columns, config.BLOCK_K])
     stride_n, _, stride_l = x.stride()
     x_desc = descriptor(
         x,
@@ -129,8 +140,6 @@ def conv1d_dense_tma(
         [stride_n, stride_l, stride_l * stride, 1],
         [1, 1, config.BLOCK_M, config.BLOCK_K],
     )
-    columns = config.BLOCK_N // 2 if halves_channels(fusion.epilogue) else config.BLOCK_N
-    w_desc = descriptor(w, [C_out, K * C_in], [stride_wo, 1], [columns, config.BLOCK_K])
     tiles_m = triton.cdiv(L_out, config.BLOCK_M)
     tiles_n = triton.cdiv(C_out // groups, config.BLOCK_N)
     launch(
@@ -151,6 +160,7 @@ def conv1d_dense_tma(
         C_IN=C_in,
         K=K,
         STRIDE=stride,
+        W_TRANSPOSED=w_transposed,
         # a copy rounds on its way
         ROUND_X=tf32 and not (config.copy_to_nlc or fusion.rounded),
         PRECISION=dot_precision(x.dtype, tf32),
@@ -164,3 +174,8 @@ def conv1d_dense_tma(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def is_aligned_transpose(weight: Tensor) -> bool:
+    """Whether block copies read a 16-bit weight ``(C_out, C_in, 1)`` with its output channels contiguous."""
+    return weight.element_size() == 2 and weight.stride(0) == 1 and weight.stride(1) % 8 == 0 and weight.data_ptr() % 16 == 0
