@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_conv_triton.dispatch import Plan
+from torch_conv_triton.memory import is_current
 from torch_conv_triton.problem import Conv1dProblem
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def repeat(recording: Recording, *tensors: Tensor) -> None:
 
 
 def _on(device: torch.device, launch: Launch, *arguments: object) -> None:
-    if device.index == torch.cuda.current_device():
+    if is_current(device):
         launch(*arguments)
     else:
         # Triton launches on the current device

@@ -7,8 +7,9 @@ transforms and forward-mode AD.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import index
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,12 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from torch_conv_triton import ops
+from torch_conv_triton import execute, ops
 from torch_conv_triton.problem import KERNEL_DTYPES, single
 
 # the tracers' own tensors stand for plain ones
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def conv1d(
@@ -106,21 +108,31 @@ def conv_transpose1d(
     return _call(_CONV_TRANSPOSE1D, input, weight, bias, *geometry)
 
 
-_CONV1D = ops.Conv1d, ops.conv1d, torch.conv1d
-_CONV_TRANSPOSE1D = ops.ConvTranspose1d, ops.conv_transpose1d, torch.conv_transpose1d
+class _Ways(NamedTuple):
+    """What computes a convolution: with gradients, in a graph, as torch has it, and where nothing but the result is asked for."""
+
+    differentiable: type[torch.autograd.Function]
+    operator: torch._ops.OpOverload
+    composite: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
 
 
-def _call(operator, input: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> Tensor:
+_CONV1D = _Ways(ops.Conv1d, ops.conv1d, torch.conv1d, execute.forward)
+_CONV_TRANSPOSE1D = _Ways(ops.ConvTranspose1d, ops.conv_transpose1d, torch.conv_transpose1d, ops.compute_conv_transpose1d)
+
+
+def _call(ways: _Ways, input: Tensor, weight: Tensor, bias: Tensor | None, *geometry) -> Tensor:
     # a graph holds the operator
     if torch.compiler.is_compiling():
         # its schema takes integers; a padding that follows from a length that changes is torch's business
-        return operator[1 if all(map(has_static_value, geometry)) else 2](input, weight, bias, *geometry)
-    if torch.is_autocast_enabled(input.device.type):
-        return operator[1](input, weight, bias, *geometry)
+        run = ways.operator if all(map(has_static_value, geometry)) else ways.composite
+        return run(input, weight, bias, *geometry)
+    if _any_autocast() and torch.is_autocast_enabled(input.device.type):
+        return ways.operator(input, weight, bias, *geometry)
     # in eager mode every pass through the dispatcher that nothing asks for is saved
     if ops.is_unwatched(input, weight, bias):
-        return ops.COMPUTE[operator[1]](input, weight, bias, *geometry)
-    return ops.differentiable(*operator, input, weight, bias, *geometry)
+        return ways.plain(input, weight, bias, *geometry)
+    return ops.differentiable(ways.differentiable, ways.operator, ways.composite, input, weight, bias, *geometry)
 
 
 def _runs_here(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
