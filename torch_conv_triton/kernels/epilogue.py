@@ -80,22 +80,10 @@ NO_FUSION = Fusion()
 
 
 @triton.jit
-def load_operand(
-    pointer,
-    n,
-    at,
-    at_mask,
-    first,
-    o,
-    o_mask,
-    stride_n,
-    stride_c,
-    stride_l,
-    OPERAND: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    INT64: tl.constexpr,
-):
+def load_operand(pointer, strides, tile, OPERAND: tl.constexpr, EPILOGUE: tl.constexpr, INT64: tl.constexpr):
     """An operand where the tile lies, in float32, with one element along dimensions in which it does not vary."""
+    stride_n, stride_c, stride_l = strides
+    n, at, at_mask, first, o, o_mask = tile
     rows: tl.constexpr = varies(EPILOGUE, OPERAND, "l")
     channels: tl.constexpr = varies(EPILOGUE, OPERAND, "c")
     if varies(EPILOGUE, OPERAND, "n"):
@@ -142,23 +130,8 @@ def store_outputs(
     """Add the bias in float32, run the program, round once, store."""
     if HAS_BIAS:
         acc = add_bias(acc, b_ptr + first, o, o_mask)
-    store_values(
-        (acc,),
-        n,
-        at,
-        at_mask,
-        first,
-        o,
-        o_mask,
-        y_ptr,
-        stride_yn,
-        stride_yc,
-        stride_yl,
-        more,
-        more_strides,
-        EPILOGUE,
-        INT64,
-    )
+    tile = (n, at, at_mask, first, o, o_mask)
+    store_values((acc,), tile, y_ptr, (stride_yn, stride_yc, stride_yl), more, more_strides, EPILOGUE, INT64)
 
 
 @triton.jit
@@ -169,48 +142,27 @@ def add_bias(acc, b_ptr, o, o_mask):
 @triton.jit
 def store_values(
     sums,  # the first values of the program: a tile, or one of each half of the channels
-    n,
-    at,
-    at_mask,
-    first,
-    o,
-    o_mask,
+    tile,  # where it lies: n, at, at_mask, first, o, o_mask
     y_ptr,
-    stride_yn,
-    stride_yc,
-    stride_yl,
+    y_strides,
     more,
     more_strides,
     EPILOGUE: tl.constexpr,
     INT64: tl.constexpr,
 ):
     """`store_outputs` of sums that have their bias."""
+    n, at, at_mask, first, o, o_mask = tile
     OUTPUTS: tl.constexpr = outputs(EPILOGUE)
     read = ()
-    for i in tl.static_range(operands(EPILOGUE)):
-        read = read + (
-            load_operand(
-                more[OUTPUTS - 1 + i],
-                n,
-                at,
-                at_mask,
-                first,
-                o,
-                o_mask,
-                more_strides[3 * (OUTPUTS - 1 + i)],
-                more_strides[3 * (OUTPUTS - 1 + i) + 1],
-                more_strides[3 * (OUTPUTS - 1 + i) + 2],
-                i,
-                EPILOGUE,
-                INT64,
-            ),
-        )
+    for i in tl.static_range(OUTPUTS - 1, OUTPUTS - 1 + operands(EPILOGUE)):
+        strides = (more_strides[3 * i], more_strides[3 * i + 1], more_strides[3 * i + 2])
+        read = read + (load_operand(more[i], strides, tile, i - OUTPUTS + 1, EPILOGUE, INT64),)
     known = run_program(sums, read, EPILOGUE)
     for i in tl.static_range(OUTPUTS):
         value = resolve(known, word(EPILOGUE, instructions(EPILOGUE) + i, 1), operands(EPILOGUE))
         if i == 0:
             to = y_ptr
-            strides = (stride_yn, stride_yc, stride_yl)
+            strides = y_strides
         else:
             to = more[0]
             strides = (more_strides[0], more_strides[1], more_strides[2])
@@ -292,20 +244,5 @@ def store_tile(
             if HAS_BIAS:
                 piece = add_bias(piece, b_ptr + first + half * channels, o, o_mask)
             pieces = pieces + (piece,)
-        store_values(
-            pieces,
-            n,
-            tl.expand_dims(at, ROWS),
-            tl.expand_dims(row_mask, ROWS),
-            first,
-            o,
-            o_mask,
-            y_ptr,
-            stride_yn,
-            stride_yc,
-            stride_yl,
-            more,
-            more_strides,
-            EPILOGUE,
-            INT64,
-        )
+        tile = (n, tl.expand_dims(at, ROWS), tl.expand_dims(row_mask, ROWS), first, o, o_mask)
+        store_values(pieces, tile, y_ptr, (stride_yn, stride_yc, stride_yl), more, more_strides, EPILOGUE, INT64)
