@@ -208,7 +208,8 @@ def aten_input_grad(
     grad_output: Tensor, weight: Tensor, input_length: int, stride: int, padding: int, dilation: int, groups: int
 ) -> Tensor:
     """`input_grad` as aten computes it, for any dtype that it takes. Arguments are already checked."""
-    x = input_like(grad_output, weight, input_length, groups)
+    # of x only the sizes are read, but aten copies one that is not contiguous
+    x = grad_output.new_empty((grad_output.shape[0], weight.shape[1] * groups, input_length))
     geometry = [stride], [padding], [dilation], False, [0], groups
     return _aten_backward(grad_output, x, weight, geometry, 0).contiguous()
 
@@ -217,7 +218,8 @@ def aten_weight_grad(
     grad_output: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int, dilation: int, groups: int
 ) -> Tensor:
     """`weight_grad` as aten computes it, for any dtype that it takes. Arguments are already checked."""
-    weight = weight_like(grad_output, x, kernel_size, groups)
+    # as above
+    weight = grad_output.new_empty((grad_output.shape[1], x.shape[1] // groups, kernel_size))
     geometry = [stride], [padding], [dilation], False, [0], groups
     return _aten_backward(grad_output, x, weight, geometry, 1).contiguous()
 
@@ -237,7 +239,7 @@ def _aten_nhwc_input_grad(
 def _aten_nhwc_weight_grad(p: Conv1dProblem, grad_output: Tensor, x: Tensor) -> Tensor:
     """That of a two-dimensional convolution of height 1 on channels-last views: what is not NLC is copied."""
     grad_output, x = (execute.channels_last_view(t) for t in (grad_output, x))
-    weight = grad_output.new_empty(()).expand(p.C_out, p.C_in_per_group, 1, p.K)
+    weight = grad_output.new_empty((p.C_out, 1, p.K, p.C_in_per_group)).permute(0, 3, 1, 2)
     geometry = [1, p.stride], [0, p.padding], [1, p.dilation], False, [0, 0], p.groups
     return _aten_backward(grad_output, x, weight, geometry, 1).squeeze(2).contiguous()
 
