@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from torch_conv_triton.kernels.common import first_tap, needs_int64, round_tf32
-from torch_conv_triton.kernels.depthwise_rows import inside
+from torch_conv_triton.kernels.depthwise_rows import inside, rows_of_channel
 from torch_conv_triton.kernels.depthwise_toeplitz import vector_length
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_outputs
 from torch_conv_triton.kernels.launch import launch
@@ -138,12 +138,7 @@ def conv1d_depthwise_bands_fwd_kernel(
 
     pid = gl.program_id(0)
     o = pid // programs
-    x_start = (o // MULTIPLIER).to(gl.int64) * stride_xc
-    y_start = o.to(gl.int64) * stride_yc
-    x_phase = (x_start % X_VECTOR).to(gl.int32)
-    y_phase = (y_start % Y_VECTOR).to(gl.int32)
-    x_ptr += x_start // X_VECTOR * X_VECTOR
-    y_ptr += y_start // Y_VECTOR * Y_VECTOR
+    x_ptr, x_phase, y_ptr, y_phase = rows_of_channel(x_ptr, y_ptr, o, stride_xc, stride_yc, MULTIPLIER, X_VECTOR, Y_VECTOR)
     w_ptr += o.to(gl.int64) * stride_wo
     # tap k carries sample i + k - shift to output i, counted from their boundaries
     shift = padding - x_phase + y_phase

@@ -17,6 +17,25 @@ def inside(a, n):
 
 
 @triton.jit
+def rows_of_channel(
+    x_ptr,
+    y_ptr,
+    o,  # channel of y
+    stride_xc,
+    stride_yc,
+    MULTIPLIER: tl.constexpr,
+    X_VECTOR: tl.constexpr,
+    Y_VECTOR: tl.constexpr,
+):
+    """Rows of a channel in the first sample: of x and of y the boundary before it, and where it begins, counted from there."""
+    x_start = (o // MULTIPLIER).to(tl.int64) * stride_xc
+    y_start = o.to(tl.int64) * stride_yc
+    x_phase = (x_start % X_VECTOR).to(tl.int32)
+    y_phase = (y_start % Y_VECTOR).to(tl.int32)
+    return x_ptr + x_start // X_VECTOR * X_VECTOR, x_phase, y_ptr + y_start // Y_VECTOR * Y_VECTOR, y_phase
+
+
+@triton.jit
 def load_blocks(
     x_row,
     begin,  # [BLOCK_M] first sample of each block, counted from x_row

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, widen
-from torch_conv_triton.kernels.depthwise_rows import exact_blocks, load_blocks, store_blocks
+from torch_conv_triton.kernels.depthwise_rows import exact_blocks, load_blocks, rows_of_channel, store_blocks
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion
 from torch_conv_triton.kernels.launch import launch
 from torch_conv_triton.kernels.layout import channels_last_copy
@@ -138,12 +138,7 @@ def conv1d_depthwise_toeplitz_fwd_kernel(
     SHIFT: tl.constexpr = BLOCK_X // BLOCK_K  # slices from a block to the next; whole where RUN > 1
     pid = tl.program_id(0)
     o = pid // programs
-    x_start = (o // MULTIPLIER).to(tl.int64) * stride_xc
-    y_start = o.to(tl.int64) * stride_yc
-    x_phase = (x_start % X_VECTOR).to(tl.int32)
-    y_phase = (y_start % Y_VECTOR).to(tl.int32)
-    x_ptr += x_start // X_VECTOR * X_VECTOR
-    y_ptr += y_start // Y_VECTOR * Y_VECTOR
+    x_ptr, x_phase, y_ptr, y_phase = rows_of_channel(x_ptr, y_ptr, o, stride_xc, stride_yc, MULTIPLIER, X_VECTOR, Y_VECTOR)
     w_ptr += o.to(tl.int64) * stride_wo
     if TRANSPOSED:
         shift = padding - y_phase + x_phase * STRIDE
