@@ -195,6 +195,18 @@ def test_each_tap_may_have_rows_of_its_own(case):
     assert_within_budget(bias, grad_output.double().sum((0, 2)))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("groups", [1, 16])
+def test_a_non_finite_sample_stays_in_the_taps_that_see_it(groups, layout):
+    case = Case("same", 2, 16, 37, 16, 3, padding=1, groups=groups)
+    x, grad_output = make_inputs(case, torch.float32, layout)[0], make_grad_output(case, torch.float32, layout)
+    x[:, :, -1] = torch.nan
+    for plan, grad_weight in weight_grads(case, x, grad_output):
+        # diagonals of a product are of several taps
+        seen = grad_weight[..., 1:] if plan.kernel != "weight_grad_banded" else grad_weight
+        assert seen.isnan().all() and grad_weight.isnan().sum() == seen.numel(), plan
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_block_copies_read_the_weight_of_a_pointwise_convolution_as_it_is(transposed):
     case = Case("pointwise", 3, 48, 37, 80, 1)

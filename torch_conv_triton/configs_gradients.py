@@ -282,6 +282,11 @@ def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: C
             return "tensor cores take no tile below 16"
     elif kernel == "weight_grad_depthwise":
         accumulators, most = config.BLOCK_O * config.BLOCK_L * config.BLOCK_C, 64
+    elif kernel == "weight_grad_sliding":
+        # a sum a tap, and of 16 bits half as many registers for what is loaded
+        run, halves = config.BLOCK_C, problem.dtype.itemsize == 2
+        held = problem.K + (2 * run + problem.K - 1) / (2 if halves else 1)
+        accumulators, most = config.BLOCK_O * config.BLOCK_L // run * held, 160
     else:
         accumulators = config.BLOCK_O * config.BLOCK_C
         if min(config.BLOCK_O, config.BLOCK_C, config.BLOCK_L) < 16:
@@ -339,6 +344,23 @@ def depthwise_weight_grad_config(problem: Conv1dProblem, device: Device) -> Weig
         )
     programs = -(-problem.C_out // config.BLOCK_O) * -(-problem.K // BLOCK_K)
     return with_splits(config, programs, 12, 4 * problem.C_out * problem.K, problem, device)
+
+
+def sliding_refusal(problem: Conv1dProblem) -> str | None:
+    """Why threads cannot slide along the positions of a depthwise weight gradient, or None."""
+    if problem.stride > 1 or problem.dilation > 1 or problem.K > 9 or problem.C_in != problem.C_out:
+        return "neighbouring positions share no samples, or taps are too many"
+    if problem.layout != "NLC" or layout_of(problem.y_strides, problem.C_out, problem.L_out) != "NLC":
+        return "x or grad_output is not channels-last"
+    return None
+
+
+def sliding_weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:
+    """Tiles in which a thread has 16 bytes of channels and BLOCK_C positions in a row."""
+    run, vector, num_warps = (8 if problem.K <= 4 and problem.dtype.itemsize == 2 else 4), 16 // problem.dtype.itemsize, 4
+    BLOCK_O = min(64, max(16, ceil_pow2(problem.C_out)))
+    config = WeightGradConfig(BLOCK_O, run, 32 * num_warps * vector // BLOCK_O * run, num_warps=num_warps, num_stages=1)
+    return with_splits(config, -(-problem.C_out // BLOCK_O), 8, 4 * problem.C_out * problem.K, problem, device)
 
 
 def banded_weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:

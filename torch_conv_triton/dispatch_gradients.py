@@ -23,6 +23,8 @@ from torch_conv_triton.configs_gradients import (
     pointwise_config,
     pointwise_refusal,
     prefers_rows,
+    sliding_refusal,
+    sliding_weight_grad_config,
     weight_grad_config,
     weight_grad_config_refusal,
     weight_grad_rows_config,
@@ -222,6 +224,9 @@ def weight_grad_candidates(problem: Conv1dProblem, device: Device) -> tuple[Plan
             "weight_grad_banded", banded_weight_grad_config(problem, device), "a long depthwise filter: diagonals of products"
         )
         plans.insert(len(plans) if prefers_banded(problem) else 0, plan)
+    if not sliding_refusal(problem):
+        config = sliding_weight_grad_config(problem, device)
+        plans.insert(0, Plan("weight_grad_sliding", config, "channels-last: every sample is loaded once"))
     return tuple(plans)
 
 

@@ -156,6 +156,10 @@ def _launch(plan: Plan, p: Conv1dProblem, grad_output: Tensor, x: Tensor, grad_w
         from torch_conv_triton.kernels.weight_grad_depthwise import conv1d_weight_grad_depthwise
 
         conv1d_weight_grad_depthwise(grad_output, x, grad_weight, grad_bias, p.stride, p.padding, p.dilation, config)
+    elif plan.kernel == "weight_grad_sliding":
+        from torch_conv_triton.kernels.weight_grad_sliding import conv1d_weight_grad_sliding
+
+        conv1d_weight_grad_sliding(grad_output, x, grad_weight, grad_bias, p.padding, config)
     elif plan.kernel == "weight_grad_banded":
         from torch_conv_triton.kernels.weight_grad_banded import conv1d_weight_grad_banded
 

@@ -331,6 +331,20 @@ def _weight_grad_depthwise(problem: Conv1dProblem, device: Device, start: Weight
     )
 
 
+def _weight_grad_sliding(problem: Conv1dProblem, device: Device, start: WeightGradConfig, accepted: Accepts) -> Steps:
+    vector = 16 // problem.dtype.itemsize
+    yield from nearest(
+        start,
+        16,
+        lambda config: 32 * config.num_warps * vector * config.BLOCK_C == config.BLOCK_O * config.BLOCK_L and accepted(config),
+        BLOCK_O=(16, 32, 64, 128),
+        BLOCK_C=(2, 4, 8),
+        BLOCK_L=(16, 32, 64, 128, 256, 512),
+        splits=_splits(start),
+        num_warps=(1, 2, 4),
+    )
+
+
 def _weight_grad_banded(problem: Conv1dProblem, device: Device, start: WeightGradConfig, accepted: Accepts) -> Steps:
     yield from nearest(
         start,
@@ -443,5 +457,6 @@ _STEPS: dict[str, Callable[[Conv1dProblem, Device, Config, Callable[[Config], bo
     "weight_grad_pointwise": _weight_grad_pointwise,
     "weight_grad_rows": _weight_grad_rows,
     "weight_grad_depthwise": _weight_grad_depthwise,
+    "weight_grad_sliding": _weight_grad_sliding,
     "weight_grad_banded": _weight_grad_banded,
 }
