@@ -21,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from interpreter import make_faster
 
         make_faster()
+        # tests run side by side, on tensors that are not worth sharing
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
