@@ -26,6 +26,7 @@ ON_CUDA_CORES = (
     "depthwise_sliding",
     "depthwise_vector",
     "weight_grad_depthwise",
+    "weight_grad_sliding",
 )
 
 
