@@ -79,6 +79,9 @@ def test_a_repeated_call_runs_on_the_new_addresses():
     recording.repeat(x, y, w)
     assert kernel.compiled[1] == kernel.compiled[0]
     assert kernel.compiled[2][1] == (x.data_ptr(), y.data_ptr() + 4, 5, w.data_ptr(), 64)
+    recording.repeat(x, w, y)
+    recording.repeat(x, y, w)
+    assert kernel.compiled[3:] == kernel.compiled[1:3]
     assert len(kernel.bound) == 1
 
 

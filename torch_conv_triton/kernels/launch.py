@@ -194,6 +194,22 @@ class _Launch:
 _Call = tuple[Callable[..., object], list]
 
 
+@dataclass(slots=True)
+class _Known:
+    """The launches of a recording on a stream and on addresses that it has met, and the calls that make them.
+
+    torch's allocator hands out the same memory to the same calls, so these come `again`.
+    """
+
+    launches: list[_Launch]
+    calls: list[_Call]
+    again: bool = False
+
+
+# layers alike share a recording, each with weights of its own
+_MAX_KNOWN = 64
+
+
 def _launches_are_hooked() -> bool:
     """Whether a profiler of Triton's listens to launches."""
     enter, exit = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
@@ -209,8 +225,7 @@ class Recording:
         self._workspaces: list[tuple] = []
         self._steps: list[_Step] = []
         self._describes = False
-        # where it was last launched, and how it will be there the next time
-        self._last: tuple[list[int], list[_Launch], list[_Call]] = [], [], []
+        self._known: dict[tuple[int, ...], _Known] = {}
         # one tensor given twice need not be one in the next call
         given = [id(t) for t in tensors if t is not None]
         self.repeatable = len(set(given)) == len(given)
@@ -227,23 +242,23 @@ class Recording:
         """Launch again on tensors that have the shapes, strides, dtypes and alignment of the recorded ones."""
         spaces = [memory.uninitialised(*space) for space in self._workspaces]
         addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *spaces)]
-        where = [driver.active.get_current_stream(tensors[0].get_device()), *addresses]
-        known, launches, calls = self._last
+        where = driver.active.get_current_stream(tensors[0].get_device()), *addresses
         if self._describes:
             _make_context_current()
-        if where != known:
+        known = self._known.get(where)
+        if known is None:
             launches = [step.on(addresses, where[0]) for step in self._steps]
-            calls = [launch.call() for launch in launches]
-            # torch's allocator hands out the same memory to the same calls
-            self._last = where, launches, []
-        elif not calls:
-            calls = [launch.inner_call() for launch in launches]
-            self._last = where, launches, calls
+            known = _Known(launches, [launch.call() for launch in launches])
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            self._known[where] = known
+        elif not known.again:
+            known.again, known.calls = True, [launch.inner_call() for launch in known.launches]
         if _launches_are_hooked():
-            for launch in launches:
+            for launch in known.launches:
                 launch.compiled[launch.grid](*launch.args, stream=launch.stream)
             return
-        for call, args in calls:
+        for call, args in known.calls:
             call(*args)
 
     @property
@@ -266,6 +281,7 @@ class Recording:
         """The launches that fill what is `prepared` from these tensors, and the others."""
         known = {*constants, *(self._given + i for i in self.prepared(constants))}
         before, after = copy(self), copy(self)
+        before._known, after._known = {}, {}
         before._steps = [step for step in self._steps if step.tensors <= known]
         after._steps = [step for step in self._steps if not step.tensors <= known]
         return before, after
