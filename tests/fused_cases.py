@@ -53,6 +53,11 @@ FAMILIES = {
     "dense_in_halves": (Case("dense", 1, 32, 150, 136, 3, padding=1), "NLC", Config(128, 128, 32, tap_major=True)),
     "dense_in_halves_left": (Case("dense", 1, 32, 150, 136, 3), "NCL", Config(128, 128, 16, weights_left=True)),
     "dense_tma": (Case("dense", 2, 32, 70, 40, 4, stride=2, padding=1), "NLC", None),
+    "dense_tma_in_two_parts": (
+        Case("dense", 2, 64, 69, 104, 3, padding=2, dilation=2),
+        "NLC",
+        Config(64, 64, 32, tap_major=True, TAIL_N=32),
+    ),
     "transposed": (Case("transposed", 2, 16, 20, 24, 5, stride=3, padding=2, transposed=True, output_padding=1), "NCL", None),
     "transposed_interleaved": (Case("transposed", 2, 16, 50, 20, 4, stride=2, padding=1, transposed=True), "NCL", None),
     "transposed_interleaved_row_by_row": (Case("by_row", 2, 512, 9, 5, 8, stride=3, padding=2, transposed=True), "NCL", None),
@@ -86,6 +91,11 @@ GATED = {
     "dense_in_pieces_left": (Case("gated", 1, 32, 150, 138, 1), "NCL", Config(128, 128, 16, weights_left=True)),
     "dense_tma": (Case("gated", 2, 32, 70, 42, 4, stride=2, padding=1), "NLC", None),
     "dense_tma_in_pieces": (Case("gated", 1, 32, 70, 138, 3, padding=1), "NLC", Config(128, 128, 32, tap_major=True)),
+    "dense_tma_without_second_part": (
+        Case("gated", 1, 32, 70, 104, 3, padding=1),
+        "NLC",
+        Config(64, 64, 32, tap_major=True, TAIL_N=32),
+    ),
 }
 
 

@@ -286,11 +286,14 @@ def test_outputs_stored_channels_last_have_their_channels_in_a_row():
 
 POINTWISE, SHORT, LONG = (rounded((8, 128, 9600), 128, K, padding=K // 2) for K in (1, 7, 13))
 FIRST = replace(problem((8, 64, 38400), 64, 7, padding=3), rounded=True)
+CODEC = [rounded((4, C, 110080), C, 7, padding=3) for C in (96, 160, 192, 320)]
 HALF = [
     problem((8, 256, 2400), 256, 3, padding=1, layout="NLC", dtype=BF16),
     problem((4, 192, 110080), 192, 7, padding=3, layout="NLC", dtype=BF16),
     problem((8, 64, 38400), 64, 7, padding=3, layout="NLC", dtype=BF16),
     problem((8, 64, 38400), 64, 11, padding=5, dtype=BF16),
+    problem((4, 96, 110080), 96, 7, padding=3, layout="NLC", dtype=BF16),
+    problem((8, 320, 30000), 320, 3, padding=1, layout="NLC", dtype=BF16),
 ]
 
 
@@ -302,9 +305,17 @@ HALF = [
         (LONG, "128x128x32 w4 s3", "128x128x32 w8 s4"),
         (FIRST, "256x64x64 w8 s7 weights_left prefetch", "128x64x64 w8 s7 prefetch"),
         (HALF[0], "128x256x64 w8 s3", "64x128x64 w4 s3"),
-        (HALF[1], "128x64x64 w4 s3", "128x64x64 w4 s3"),
+        (HALF[1], "64x128+64x64 w4 s3", "64x128+64x64 w4 s3"),
         (HALF[2], "256x64x64 w8 s3 tap_major weights_left", "128x64x64 w4 s3"),
         (HALF[3], "128x64x64 w4 s11 p2 prefetch", "128x64x64 w8 s11 prefetch"),
+        (HALF[4], "256x64+32x32 w4 s3", "128x64+32x32 w4 s3"),
+        (HALF[5], "128x64x64 w4 s3", "128x64x64 w4 s3"),
+        (CODEC[0], "128x64+32x32 w4 s4", "128x64+32x32 w4 s4"),
+        (CODEC[1], "128x128+32x32 w8 s4", "128x128+32x32 w8 s4"),
+        (CODEC[2], "64x128+64x32 w4 s3", "64x128+64x32 w4 s3"),
+        (CODEC[3], "128x256+64x32 w8 s3", "64x256+64x32 w8 s3"),
+        (rounded((8, 768, 600), 192, 3, padding=1), "64x128+64x32 w4 s4", "64x128+64x32 w4 s4"),
+        (rounded((4, 192, 110080), 96, 4, stride=2, padding=1, transposed=True), "128x128x32 w4 s3", "128x64x32 w8 s3"),
     ],
     ids=lambda value: value.describe() if isinstance(value, Conv1dProblem) else value,
 )
@@ -312,6 +323,20 @@ def test_a_residual_and_a_second_output_make_tiles_smaller(found, alone, beside)
     plans = [dispatch.fused_plan(found, H200, tiles_beside) for tiles_beside in (False, True)]
     assert [str(plan.config).removesuffix(" tap_major") for plan in plans] == [alone, beside]
     assert all(dispatch.plan_refusal(plan, found, H200) is None for plan in plans)
+
+
+def test_tiles_of_two_parts_are_for_many_products_of_block_copies():
+    def tail(problem, device=H200, **how):
+        return dispatch.fused_plan(problem, device, **how).config.TAIL_N
+
+    found = CODEC[2]
+    assert tail(found)
+    assert not tail(found, halves=True)
+    assert not tail(found, RTX4090)
+    assert not tail(replace(found, rounded=False))
+    assert not tail(replace(found, padding_mode="reflect"))
+    for few in (rounded((1, 192, 600), 192, 7), rounded((4, 192, 110080), 192, 1), rounded((4, 64, 110080), 192, 3)):
+        assert not tail(few)
 
 
 def test_a_fused_problem_has_the_plan_of_the_problem_alone_where_that_kernel_fuses():

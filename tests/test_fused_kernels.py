@@ -88,15 +88,16 @@ def test_every_kernel_runs_programs(name, dtype, first, only):
         first = "NCL"
     second = "NLC" if first == "NCL" else "NCL"
     x, weight, bias = make_inputs(case, dtype, layout)
-    if name == "dense_tma" and dtype == torch.float32:
+    rounded = kernel_of(name) == "dense_tma"
+    if rounded and dtype == torch.float32:
         x = nearest_tf32(x)
     N, C, L = case.output_shape
     operands = [operand(N, C, L, layout=second, dtype=torch.float16), operand(1, C, 1), operand(1)[0]]
     text = f"{PROGRAM}; out %6 {dtype_name(dtype)} {first}; out %1 fp32 {second}"
     arguments = x, weight, bias, case.stride, [case.padding, case.padding - case.output_padding], case.dilation, case.groups
-    problem = problem_of(*arguments, case.transposed, "zeros", text, operands, name == "dense_tma")
+    problem = problem_of(*arguments, case.transposed, "zeros", text, operands, rounded)
     only(family_plan(name, problem))
-    y, before = call(x, weight, bias, case, text, operands, rounded=name == "dense_tma")
+    y, before = call(x, weight, bias, case, text, operands, rounded=rounded)
     residual, scale, shift = (o.double() for o in operands)
     expected = float64(x, weight, bias, case) + residual
     assert_within_budget(before, expected, "tf32" if dtype == torch.float32 else "ieee")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torch_conv_triton import dispatch, execute, reference
-from torch_conv_triton.configs import Config
+from torch_conv_triton.configs import Config, config_refusal
 from torch_conv_triton.testing import (
     CASES,
     LAYOUTS,
@@ -379,6 +379,18 @@ def test_non_finite_values_do_not_reach_padded_channels(value):
     y = execute.forward_with(plan, case.problem(x, weight, bias), x, weight, bias)
     assert torch.equal(y.isfinite(), expected.isfinite())
     assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("weights_left", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_of_two_parts_compute_channels_that_are_no_power_of_two(dtype, weights_left):
+    # of the 52 channels of a group a tile takes 32 + 16, the next one the 4 that are left
+    case = Case("two_parts", 2, 64, 45, 104, 5, stride=2, padding=3, groups=2)
+    config = Config(32, 32, 32, tap_major=True, weights_left=weights_left, copy_to_nlc=True, TAIL_N=16)
+    problem = case.problem(*make_inputs(case, dtype))
+    assert dispatch.tma_refusal(problem, dispatch.INTERPRETER, config) is None
+    assert config_refusal(config, problem, dispatch.INTERPRETER) is None
+    check_case(case, lambda x, w, b: execute.forward_with(dispatch.Plan("dense_tma", config, ""), problem, x, w, b), dtype)
 
 
 @pytest.mark.parametrize("weights_left", [False, True])

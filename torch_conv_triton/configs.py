@@ -38,6 +38,7 @@ class Config:
     [C_out, L]). `programs_per_sm` is for persistent kernels. `copy_to_nlc`: x is first copied to NLC, a workspace of the size of
     x, and rounded to TF32 where products are. `prefetch`: a tile asks for all of its x at the start. Of depthwise kernels: `run`
     outputs, or blocks of them, in a row share the x that they have in common; a program computes `steps` tiles.
+    `TAIL_N` (`dense_tma`): output channels of a second product beside the BLOCK_N, so that a tile has 128 + 64 of them.
     """
 
     BLOCK_M: int
@@ -53,9 +54,11 @@ class Config:
     prefetch: bool = False
     run: int = 1
     steps: int = 1
+    TAIL_N: int = 0
 
     def __str__(self) -> str:
-        blocks = "x".join(str(b) for b in (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K) if b)
+        channels = f"{self.BLOCK_N}+{self.TAIL_N}" if self.TAIL_N else self.BLOCK_N
+        blocks = "x".join(str(b) for b in (self.BLOCK_M, channels, self.BLOCK_K) if b)
         flags = [name for name in ("tap_major", "merge_taps", "weights_left", "copy_to_nlc", "prefetch") if getattr(self, name)]
         counts = {"p": self.programs_per_sm, "run": self.run, "steps": self.steps}
         repeats = [f"{name}{count}" for name, count in counts.items() if count != 1]
@@ -222,7 +225,7 @@ def fit(config: Config, problem: Conv1dProblem, device: Device) -> Config:
 
 def pipeline_bytes(config: Config, itemsize: int) -> int:
     """Shared memory of the pipelined operand tiles."""
-    return config.num_stages * (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * itemsize
+    return config.num_stages * (config.BLOCK_M + config.BLOCK_N + config.TAIL_N) * config.BLOCK_K * itemsize
 
 
 def persistent_config(problem: Conv1dProblem, device: Device) -> Config | None:
@@ -259,7 +262,7 @@ def stays_resident(config: Config, problem: Conv1dProblem, device: Device) -> bo
 
 def config_refusal(config: Config, problem: Conv1dProblem, device: Device) -> str | None:
     """Why a tile of a matrix product cannot have this config, or None."""
-    sides = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    sides = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.TAIL_N or config.BLOCK_N
     if min(sides) < 16 or any(side & (side - 1) for side in sides):
         return "tensor cores take tiles of powers of two from 16 on"
     if config.weights_left and not config.tap_major and config.BLOCK_N < 64 and problem.dtype.itemsize == 2:

@@ -9,8 +9,47 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch_conv_triton.configs import Config
+from torch_conv_triton.configs import Config, Device, channel_block
 from torch_conv_triton.problem import Conv1dProblem
+
+# Tiles of two parts, by bytes of an element and output channels. With the best tile of one part behind them, K7 with Snake in
+# float32: 96 channels 496 and 602, 192 767 and 887, 320 474 and 655, as two tiles of 160 567; in bfloat16 96 292 and 466, 192 445
+# and 534.
+TWO_PARTS = {
+    4: {
+        96: Config(128, 64, 32, num_warps=4, num_stages=4, tap_major=True, TAIL_N=32),
+        160: Config(128, 128, 32, num_warps=8, num_stages=4, tap_major=True, TAIL_N=32),
+        192: Config(64, 128, 32, num_warps=4, num_stages=3, tap_major=True, TAIL_N=64),
+        320: Config(128, 256, 32, num_warps=8, num_stages=3, tap_major=True, TAIL_N=64),
+    },
+    2: {
+        96: Config(256, 64, 32, num_warps=4, num_stages=3, tap_major=True, TAIL_N=32),
+        192: Config(64, 128, 64, num_warps=4, num_stages=3, tap_major=True, TAIL_N=64),
+    },
+}
+
+
+def in_two_parts(problem: Conv1dProblem, device: Device, beside: bool) -> Config | None:
+    """A tile of `dense_tma` whose two parts are all output channels, where that is faster than filling up to a power of two.
+
+    `beside`: as in `fused_choice`.
+    """
+    config = TWO_PARTS[problem.dtype.itemsize].get(problem.C_out_per_group)
+    if config is None or problem.transposed or problem.K == 1 or device.capability != 90:
+        return None
+    channels = problem.C_in_per_group
+    if channels % 32 or channels * problem.K < 512 or problem.L_out < config.BLOCK_M or problem.flops < 2e9:
+        return None
+    tiles = problem.groups * problem.N * -(-problem.L_out // config.BLOCK_M)
+    # 768 -> 192 K3 of 8 x 600, 80 tiles, 33 with 4 stages, 38 with 3, which leave room for a second program; gathered 47
+    if tiles < (0.5 if config.BLOCK_M == 64 else 2) * device.sm_count:
+        return None
+    accumulators = config.BLOCK_M * (config.BLOCK_N + config.TAIL_N) // (32 * config.num_warps)
+    if beside and accumulators > 128:
+        # else it is spilled
+        config = replace(config, BLOCK_M=config.BLOCK_M // 2)
+    alone = tiles <= device.sm_count
+    return replace(config, BLOCK_K=channel_block(problem, config.BLOCK_K), num_stages=4 if alone else config.num_stages)
 
 
 def fused_choice(kernel: str, config: Config, problem: Conv1dProblem, beside: bool) -> tuple[str, Config]:
@@ -20,6 +59,9 @@ def fused_choice(kernel: str, config: Config, problem: Conv1dProblem, beside: bo
     """
     if kernel == "dense_halo":
         return kernel, _halo(config, problem) if beside else config
+    if kernel == "transposed_tma" and beside and problem.rounded and (problem.C_out_per_group, problem.stride) == (96, 2):
+        # 192 columns: 192 -> 96 K4 with Snake and both outputs stored 443, as 128x128x32 in 4 warps 491
+        return kernel, replace(config, BLOCK_N=64, num_warps=8)
     if problem.layout != "NLC" or kernel not in ("dense", "dense_tma"):
         return kernel, config
     return (_dense_16bit if problem.dtype.itemsize == 2 else _dense_32bit)(kernel, config, problem, beside)

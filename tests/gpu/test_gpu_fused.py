@@ -60,7 +60,7 @@ def run_program(case, dtype, layout, first, rounded):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_kernel_runs_programs(name, dtype, first, fresh):
     case, layout, _ = FAMILIES[name]
-    rounded = name == "dense_tma"
+    rounded = kernel_of(name) == "dense_tma"
     if kernel_of(name) in BY_ROWS:
         first = "NCL"
 
@@ -108,6 +108,16 @@ def test_plans_of_large_gates(dtype, layout, K, fresh):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_plans_of_large_problems_run_programs(dtype, layout, fresh):
     run_program(LARGE, dtype, layout, layout, layout == "NLC")
+
+
+@pytest.mark.parametrize(
+    "dtype, C", [*((torch.float32, C) for C in (96, 160, 192, 320)), (torch.bfloat16, 96), (torch.bfloat16, 192)], ids=str
+)
+def test_channels_that_are_a_sum_of_two_powers_of_two(dtype, C, fresh):
+    plans, choose = [], dispatch.fused_plan
+    fresh.setattr(dispatch, "fused_plan", lambda *args: plans.append(choose(*args)) or plans[-1])
+    run_program(Case("codec", 4, C, 8501, C, 7, padding=9, dilation=3), dtype, "NLC", "NLC", rounded=True)
+    assert plans and (torch.cuda.get_device_capability() != (9, 0) or all(plan.config.TAIL_N for plan in plans))
 
 
 def test_every_instruction_and_activation(fresh):

@@ -3,6 +3,8 @@
 In NLC a tap moves along an outer dimension, so any padding, dilation and length gives an aligned copy, and rows outside the
 signal arrive as zeros. With stride s, x is seen as (N, s, L_in / s, C): a tap is then one (phase, row shift). Channels that are
 no whole blocks are padded with zeros: those of x by the copy to NLC or by the descriptor, those of the weight when it is packed.
+
+Products take powers of two of output channels. A tile may have a second part, of fewer: 192 channels are 128 and 64 from one x.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch_conv_triton.kernels.program import halves_channels
 def conv1d_dense_tma_fwd_kernel(
     x_desc,  # (N, STRIDE, L_in / STRIDE, GROUPS * C_IN or fewer), block [1, 1, BLOCK_M, BLOCK_K]
     w_desc,  # (C_out, K * C_IN), block [BLOCK_N, BLOCK_K], of half the channels if the program halves them; or its transpose
+    tail_desc,  # (C_out, K * C_IN), block [TAIL_N, BLOCK_K]; None without a tail
     b_ptr,  # (C_out,), or unused
     y_ptr,  # (N, C_out, L_out), any strides
     L_out,
@@ -48,6 +51,7 @@ def conv1d_dense_tma_fwd_kernel(
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr,  # channels of the second part of a tile, behind BLOCK_N; 0: there is none
     BLOCK_K: tl.constexpr,
 ):
     tile_n, group, tile_m, sample = split_program(tiles_n, GROUPS, tiles_m)
@@ -57,11 +61,13 @@ def conv1d_dense_tma_fwd_kernel(
     padded_rows = (padding + STRIDE - 1) // STRIDE
     HALVES: tl.constexpr = halves_channels(EPILOGUE)
     COLUMNS: tl.constexpr = BLOCK_N // 2 if HALVES else BLOCK_N
+    start = tile_n * (COLUMNS + TAIL_N)
     if WEIGHTS_LEFT:
         acc = tl.zeros((COLUMNS, BLOCK_M), dtype=tl.float32)
+        second = tl.zeros((TAIL_N or COLUMNS, BLOCK_M), dtype=tl.float32)
     else:
         acc = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
-    second = acc
+        second = tl.zeros((BLOCK_M, TAIL_N or COLUMNS), dtype=tl.float32)
     for i in range(0, K * CHUNKS):
         k = i // CHUNKS
         c = (i % CHUNKS) * BLOCK_K
@@ -70,38 +76,42 @@ def conv1d_dense_tma_fwd_kernel(
         # only leading unit dimensions fold into the copy: any other reshape would go through registers
         x = x_desc.load([sample, shift % STRIDE, row, group * C_IN + c]).reshape(BLOCK_M, BLOCK_K)
         if W_TRANSPOSED:
-            w = tl.trans(w_desc.load([c, tile_n * COLUMNS]))
+            w = tl.trans(w_desc.load([c, start]))
         else:
-            w = w_desc.load([group * C_OUT + tile_n * COLUMNS, k * C_IN + c])
+            w = w_desc.load([group * C_OUT + start, k * C_IN + c])
         if ROUND_X:
             x = round_tf32(x)
         acc = dot_tile(x, w, acc, WEIGHTS_LEFT, PRECISION)
         if HALVES:
-            w = w_desc.load([C_OUT // 2 + tile_n * COLUMNS, k * C_IN + c])
+            w = w_desc.load([C_OUT // 2 + start, k * C_IN + c])
+            second = dot_tile(x, w, second, WEIGHTS_LEFT, PRECISION)
+        if TAIL_N:
+            w = tail_desc.load([group * C_OUT + start + BLOCK_N, k * C_IN + c])
             second = dot_tile(x, w, second, WEIGHTS_LEFT, PRECISION)
 
     l_out = widen(tile_m, INT64) * BLOCK_M + tl.arange(0, BLOCK_M)
     sums = (acc, second) if HALVES else (acc,)
-    store_tile(
-        sums,
-        sample.to(tl.int64),
-        l_out,
-        l_out < L_out,
-        widen(group, INT64) * C_OUT,
-        tile_n * COLUMNS,
-        C_OUT,
-        b_ptr,
-        y_ptr,
-        stride_yn,
-        stride_yc,
-        stride_yl,
-        more,
-        more_strides,
-        EPILOGUE,
-        HAS_BIAS,
-        WEIGHTS_LEFT,
-        INT64,
-    )
+    for part in tl.static_range(2 if TAIL_N else 1):
+        store_tile(
+            (second,) if part else sums,
+            sample.to(tl.int64),
+            l_out,
+            l_out < L_out,
+            widen(group, INT64) * C_OUT,
+            start + part * BLOCK_N,
+            C_OUT,
+            b_ptr,
+            y_ptr,
+            stride_yn,
+            stride_yc,
+            stride_yl,
+            more,
+            more_strides,
+            EPILOGUE,
+            HAS_BIAS,
+            WEIGHTS_LEFT,
+            INT64,
+        )
 
 
 def conv1d_dense_tma(
@@ -125,14 +135,19 @@ def conv1d_dense_tma(
     L_out = y.shape[2]
     C_out, C_in, K = weight.shape
     C_in = triton.cdiv(C_in, config.BLOCK_K) * config.BLOCK_K
-    columns = config.BLOCK_N // 2 if halves_channels(fusion.epilogue) else config.BLOCK_N
+    halved = halves_channels(fusion.epilogue)
+    columns, tail = (config.BLOCK_N // 2, 0) if halved else (config.BLOCK_N, config.TAIL_N)
     # with the output channels contiguous it is not packed
-    w_transposed = K == groups == 1 and C_in == weight.shape[1] and is_aligned_transpose(weight) and columns == config.BLOCK_N
+    whole = K == groups == 1 and C_in == weight.shape[1] and not halved and not tail
+    w_transposed = whole and is_aligned_transpose(weight)
+    tail_desc = None
     if w_transposed:
         w, w_desc = weight, descriptor(weight, [C_in, C_out], [weight.stride(1), 1], [config.BLOCK_K, columns])
     else:
         w, stride_wo, _ = weight_matrix(weight, tap_major=True, rounded=tf32, channels=C_in)
         w_desc = descriptor(w, [C_out, K * C_in], [stride_wo, 1], [columns, config.BLOCK_K])
+        if tail:
+            tail_desc = descriptor(w, [C_out, K * C_in], [stride_wo, 1], [tail, config.BLOCK_K])
     stride_n, _, stride_l = x.stride()
     x_desc = descriptor(
         x,
@@ -141,12 +156,13 @@ def conv1d_dense_tma(
         [1, 1, config.BLOCK_M, config.BLOCK_K],
     )
     tiles_m = triton.cdiv(L_out, config.BLOCK_M)
-    tiles_n = triton.cdiv(C_out // groups, config.BLOCK_N)
+    tiles_n = triton.cdiv(C_out // groups, config.BLOCK_N + tail)
     launch(
         conv1d_dense_tma_fwd_kernel,
         (tiles_n * groups * tiles_m * N,),
         x_desc,
         w_desc,
+        tail_desc,
         bias if bias is not None else w,
         y,
         L_out,
@@ -170,6 +186,7 @@ def conv1d_dense_tma(
         INT64=needs_int64(y, *fusion.views(y)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
+        TAIL_N=tail,
         BLOCK_K=config.BLOCK_K,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
