@@ -123,7 +123,9 @@ def launch_kernel(
 
         # one tap needs no reversal, and block copies read it with either of the channels contiguous
         as_it_is = plan.kernel == "dense_tma" and p.K == p.groups == 1 and weight.element_size() == 2
-        weight = weight.transpose(0, 1) if as_it_is else reversed_weight(weight, p.groups)
+        # those that are told so need not round it again
+        rounded = tf32 and plan.kernel in ("dense", "dense_tma")
+        weight = weight.transpose(0, 1) if as_it_is else reversed_weight(weight, p.groups, rounded)
         padding = p.dilation * (p.K - 1) - p.padding
     if config.copy_to_nlc and plan.kernel.startswith("dense") and plan.kernel != "dense_frames":
         from torch_conv_triton.kernels.layout import channels_last_copy
@@ -202,7 +204,7 @@ def launch_kernel(
     elif plan.kernel == "dense_tma":
         from torch_conv_triton.kernels.dense_tma import conv1d_dense_tma
 
-        conv1d_dense_tma(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, config, fusion)
+        conv1d_dense_tma(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, config, fusion, p.transposed)
     elif plan.kernel == "dense_halo":
         from torch_conv_triton.kernels.dense_halo import conv1d_dense_halo
 
@@ -212,4 +214,4 @@ def launch_kernel(
     else:
         from torch_conv_triton.kernels.dense import conv1d_dense
 
-        conv1d_dense(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, config, fusion)
+        conv1d_dense(x, weight, bias, y, p.stride, padding, p.dilation, p.groups, tf32, config, fusion, p.transposed)

@@ -141,12 +141,13 @@ def conv1d_dense(
     tf32: bool,
     config,
     fusion: Fusion = NO_FUSION,
+    w_rounded: bool = False,
 ) -> None:
     """Write the convolution of x ``(N, C_in, L_in)`` with weight ``(C_out, C_in / groups, K)`` into y ``(N, C_out, L_out)``.
 
     Any strides. If `fusion` halves the channels, y has C_out / 2 of them and there is one group.
     `config` holds BLOCK_M, BLOCK_N, BLOCK_K, tap_major, merge_taps, weights_left, prefetch, num_warps, num_stages.
-    `padding` is that before x; the length of y says what is after it.
+    `padding` is that before x; the length of y says what is after it. `w_rounded`: a float32 weight holds TF32 values.
     """
     N, _, L_in = x.shape
     L_out = y.shape[2]
@@ -154,7 +155,7 @@ def conv1d_dense(
     flatten = N > 1 and L_out < config.BLOCK_M and N * L_out <= OFFSET_LIMIT
     rows = N * L_out if flatten else L_out
     tiles_m, samples = triton.cdiv(rows, config.BLOCK_M), 1 if flatten else N
-    w, stride_wo, rounded = weight_matrix(weight, config.tap_major, tf32, readers=tiles_m * samples)
+    w, stride_wo, rounded = weight_matrix(weight, config.tap_major, tf32 and not w_rounded, readers=tiles_m * samples)
     prefetch_lines = 0
     if config.prefetch and x.stride(2) == 1 and not flatten and not needs_int64(x):
         span = (config.BLOCK_M - 1) * stride + (K - 1) * dilation + 1
@@ -186,7 +187,7 @@ def conv1d_dense(
         TAP_MAJOR=2 if config.merge_taps else int(config.tap_major),
         # a copy rounds on its way
         ROUND_X=tf32 and not (config.copy_to_nlc or fusion.rounded),
-        ROUND_W=tf32 and not rounded,
+        ROUND_W=tf32 and not (rounded or w_rounded),
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,
         PADDING_MODE=fusion.padding_mode,

@@ -126,10 +126,11 @@ def conv1d_dense_tma(
     tf32: bool,
     config,
     fusion: Fusion = NO_FUSION,
+    w_rounded: bool = False,
 ) -> None:
     """As `conv1d_dense`, for x that `dispatch.tma_refusal` accepts: NLC, 16-byte aligned rows, whole channel blocks or one group.
 
-    An x of whole blocks may have more channels than the weight.
+    An x of whole blocks may have more channels than the weight. `w_rounded`: a float32 weight holds TF32 values.
     """
     N, C_total, L_in = x.shape
     L_out = y.shape[2]
@@ -144,7 +145,7 @@ def conv1d_dense_tma(
     if w_transposed:
         w, w_desc = weight, descriptor(weight, [C_in, C_out], [weight.stride(1), 1], [config.BLOCK_K, columns])
     else:
-        w, stride_wo, _ = weight_matrix(weight, tap_major=True, rounded=tf32, channels=C_in)
+        w, stride_wo, _ = weight_matrix(weight, tap_major=True, rounded=tf32 and not w_rounded, channels=C_in)
         w_desc = descriptor(w, [C_out, K * C_in], [stride_wo, 1], [columns, config.BLOCK_K])
         if tail:
             tail_desc = descriptor(w, [C_out, K * C_in], [stride_wo, 1], [tail, config.BLOCK_K])

@@ -91,10 +91,13 @@ def pack_interleaved(weight: Tensor, groups: int, weave: Weave, rounded: bool, r
     return packed
 
 
-def reversed_weight(weight: Tensor, groups: int) -> Tensor:
-    """The weight ``(C_out, C_in / groups, K)`` of the plain convolution that a transposed one of stride 1 is."""
+def reversed_weight(weight: Tensor, groups: int, rounded: bool) -> Tensor:
+    """The weight ``(C_out, C_in / groups, K)`` of the plain convolution that a transposed one of stride 1 is.
+
+    Rounded to TF32 if `rounded`.
+    """
     C_total, C_out, K = weight.shape
-    packed = pack_interleaved(weight, groups, Weave.of(K, 1, 1), rounded=False, reverse=True)
+    packed = pack_interleaved(weight, groups, Weave.of(K, 1, 1), rounded, reverse=True)
     return packed.view(groups * C_out, K, C_total // groups).transpose(1, 2)
 
 
