@@ -5,11 +5,12 @@ import torch
 from compiling import Capture, Captured, graph_text, run_python
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor import config, custom_graph_pass
+from torch._inductor import config, custom_graph_pass, lowering
 from torch.testing._internal.common_methods_invocations import op_db
 
 from torch_conv_triton import testing
 from torch_conv_triton.backend import inductor_options, triton_conv
+from torch_conv_triton.graph import ahead
 from torch_conv_triton.problem import current_precision
 
 
@@ -42,6 +43,14 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, layers: int = 3) 
     bound = layers * testing.error_budget(actual.dtype, current_precision(actual.dtype))
     error = testing.relative_error(actual, expected)
     assert error <= bound, f"relative error {error:.1e}, allowed {bound:.1e}"
+
+
+def test_inductor_meets_no_operator_of_ours_that_it_does_not_know(monkeypatch):
+    for operator in ahead.COMPUTE:
+        monkeypatch.delitem(lowering.lowerings, operator, raising=False)
+    model, x = nn.Sequential(nn.Conv1d(2, 2, 3), nn.ReLU()), torch.randn(1, 2, 8)
+    with config.patch(implicit_fallbacks=False, fx_graph_cache=False), torch.no_grad():
+        assert_close(torch.compile(model, backend=triton_conv)(x), model(x))
 
 
 # found by name

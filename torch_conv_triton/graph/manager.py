@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor import custom_graph_pass
+from torch._inductor import custom_graph_pass, lowering
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
 import torch_conv_triton
 from torch_conv_triton import dispatch
-from torch_conv_triton.graph.ahead import compile_ahead
+from torch_conv_triton.graph.ahead import COMPUTE, compile_ahead
 from torch_conv_triton.graph.backward import split_backward
 from torch_conv_triton.graph.chain import join_chains
 from torch_conv_triton.graph.convolution import aten, static_problems
@@ -90,6 +90,7 @@ class ConvolutionPass(CustomGraphPass):
             if self.recorder:
                 self.recorder.records.append(record)
         compile_ahead(graph)
+        _declare_operators()
 
     def _steps(self, graph: Graph, module_names: Mapping[str, str]) -> Iterator[ConvRecord]:
         left = left_to_aten(graph, partial(self._chained, graph))
@@ -180,3 +181,14 @@ def source_hash() -> str:
     for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".json")):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _declare_operators() -> None:
+    """Tell Inductor that our operators are called as they are.
+
+    One that it does not know yet torch 2.11 describes for a log that is off, all that its arguments are computed from included,
+    once for every path there: of conv_tasnet's last convolutions that takes for ever.
+    """
+    for operator in COMPUTE:
+        if operator not in lowering.lowerings:
+            lowering.make_fallback(operator, warn=False)
