@@ -59,9 +59,11 @@ def fused_choice(kernel: str, config: Config, problem: Conv1dProblem, beside: bo
     """
     if kernel == "dense_halo":
         return kernel, _halo(config, problem) if beside else config
-    if kernel == "transposed_tma" and beside and problem.rounded and (problem.C_out_per_group, problem.stride) == (96, 2):
+    if kernel == "transposed_tma":
         # 192 columns: 192 -> 96 K4 with Snake and both outputs stored 443, as 128x128x32 in 4 warps 491
-        return kernel, replace(config, BLOCK_N=64, num_warps=8)
+        columns = problem.C_out_per_group * problem.stride
+        uneven = problem.rounded and columns == 192 and (config.BLOCK_M, config.BLOCK_N) == (128, 128)
+        return kernel, replace(config, BLOCK_N=64, num_warps=8) if beside and uneven else config
     if problem.layout != "NLC" or kernel not in ("dense", "dense_tma"):
         return kernel, config
     return (_dense_16bit if problem.dtype.itemsize == 2 else _dense_32bit)(kernel, config, problem, beside)
