@@ -86,8 +86,10 @@ def _dense_32bit(problem: Conv1dProblem) -> str | None:
         # 250 -> 2000 K32 2.04 [1.32]
         slower = reduction > 6000 and _short_reach(problem)
     else:
-        # in channels that are no whole blocks, or 3 taps: 250 -> 250 K7 of 16 x 500 0.104 [0.090]
-        slower = (reduction >= 1280 or problem.C_in >= 256) and _short_reach(problem)
+        # in channels that are no whole blocks, or 3 taps: 250 -> 250 K7 of 16 x 500 0.104 [0.090]; small ones of 3 taps are
+        # ours, in us: 256 -> 256 of length 100 10.7 [14.4], 512 -> 512 18.3 [25.2], but 256 -> 256 K7 26.4 [20.2]
+        small = problem.K <= 3 and problem.flops <= 500e6
+        slower = (reduction >= 1280 or problem.C_in >= 256) and _short_reach(problem) and not small
     return "cuDNN is faster at the products of many channels and taps" if slower else None
 
 
