@@ -49,7 +49,7 @@ CHOICES = {
     "conformer": (problems((16, 512, 1500), 512, 31, BF16, padding=15, groups=512), "depthwise*", "weight_grad_banded"),
     "one token": (problems((64, 5376, 5), 5376, 4, BF16, groups=5376), "aten", "weight_grad_depthwise"),
     "pointwise": (problems((32, 128, 2048), 1024, 1), "aten", "aten"),
-    "pointwise, NLC": (problems((16, 1024, 375), 2048, 1, BF16, layout="NLC"), "dense_tma", "weight_grad"),
+    "pointwise, NLC": (problems((16, 1024, 375), 2048, 1, BF16, layout="NLC"), "dense_tma", "weight_grad_pointwise"),
     "small": (problems((1, 64, 100), 64, 3, padding=1), "aten", "aten"),
 }  # fmt: skip
 

@@ -71,7 +71,7 @@ def weight_grad_faster_in_aten(problem: Conv1dProblem) -> str | None:
         # x_pos 0.634 [0.681]; s_seed_fp32 2.6 [5.6], x_dac96 1.42 [3.6], p06 (128 -> 64) 0.33 [0.62]
         return None
     if problem.layout != "NCL":
-        # p02 0.073 or, with grad_output in NCL, 0.087 [0.131]
+        # p02 0.044 [0.213, channels-last 0.040, which costs the host more]
         return None
     if problem.K == 1:
         # p03 0.116 [0.101]; a length that breaks alignment costs aten the gain: p01 0.058 [0.101]
