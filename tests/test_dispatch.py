@@ -97,6 +97,7 @@ CHOICES = {
     "many channels upsampled": (problem((8, 512, 860), 256, 16, stride=8, padding=4, transposed=True), "transposed_tma"),
     "many channels upsampled, taps left over": (problem((2, 1024, 1024), 512, 16, stride=5, transposed=True), "aten"),
     "many products": (problem((4, 768, 3440), 768, 7, padding=3, bias=False), "dense_tma"),
+    "few products of three taps": (problem((1, 256, 100), 256, 3, padding=1, bias=False), "dense"),
     "many products of channels that are no whole blocks": (problem((16, 250, 500), 250, 7, padding=3, bias=False), "dense_tma"),
     "many taps of channels that are no whole blocks": (problem((16, 250, 1000), 250, 48, stride=2, padding=23), "dense_tma"),
     "many products, dilated": (problem((4, 768, 3440), 768, 7, padding=27, dilation=9, bias=False), "dense_tma"),
