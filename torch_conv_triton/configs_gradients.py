@@ -269,8 +269,10 @@ def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: C
         return "grad_output does not pass through the registers of a few tiles, where it could be added up"
     if config.exchanged and (problem.stride > 1 or kernel != "weight_grad"):
         return "x and grad_output take each other's place at stride 1 only"
-    if config.tap_rows and (kernel != "weight_grad_rows" or tap_rows_bytes(problem) > 2 * WORKSPACE_BYTES):
-        return "x is not copied for each tap, or is too large for that"
+    if config.tap_rows and (
+        kernel != "weight_grad_rows" or device.capability < 90 or tap_rows_bytes(problem) > 2 * WORKSPACE_BYTES
+    ):
+        return "x is not copied for each tap, or is too large for that, or there are no block copies"
     if kernel == "weight_grad_pointwise" and (reason := pointwise_refusal(problem, device, config)):
         return reason
     partial, most = problem.C_out * problem.C_in_per_group * problem.K, 128

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import torch_conv_triton
 from torch_conv_triton import dispatch, dispatch_gradients, gradients
 from torch_conv_triton.calls import Call
+from torch_conv_triton.configs_gradients import WeightGradConfig
 from torch_conv_triton.dispatch import Plan
 from torch_conv_triton.testing import (
     CASES,
@@ -121,6 +122,22 @@ def test_the_gradient_of_a_bias_out_of_the_pass_for_the_weight_s(case, layout, d
         assert_within_budget(first[0], expected, problem.precision)
         assert_within_budget(first[1], grad_output.double().sum((0, 2)))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), plan
+
+
+@pytest.mark.parametrize("case", [case for case in LARGE if case.name in ("short", "wide_strided")], ids=str)
+def test_each_tap_may_have_rows_of_its_own(case):
+    with float32_precision("tf32"):
+        x, weight, _ = make_inputs(case, torch.float32, device="cuda")
+        grad_output = make_grad_output(case, torch.float32, device="cuda")
+        geometry = case.stride, case.padding, case.dilation, case.groups
+        problem = dispatch_gradients.weight_grad_problem(grad_output, x, case.K, *geometry)
+        config = WeightGradConfig(128, 128, 32, splits=3, num_warps=8, tap_rows=True)
+        plan = Plan("weight_grad_rows", config, "the test's")
+        if dispatch_gradients.plan_refusal(plan, problem, dispatch.device_for(x.device)):
+            pytest.skip("block copies need sm_90")
+        with poisoned_allocations():
+            found = gradients.weight_grad_with(plan, problem, grad_output, x)
+        assert_within_budget(found, expected_gradients(case, x, weight, grad_output)[1], "tf32")
 
 
 LONG_SUMS = (

@@ -1,6 +1,7 @@
 """Gradient of a pointwise convolution's weight for 16-bit channels-last tensors: one matrix product of block copies (Hopper on).
 
-Samples and positions are rows of one matrix of grad_output and of one of x. Rows past the end arrive as zeros.
+Samples and positions are rows of one matrix of grad_output and of one of x. Rows past the end arrive as zeros. The same product
+serves copies that are laid out for it.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ from torch_conv_triton.kernels.reduction import partial_sums, sum_partials
 
 
 @triton.jit(do_not_specialize=["blocks", "blocks_per_split", "tiles_o", "tiles_c"])
-def conv1d_weight_grad_pointwise_kernel(
-    dy_desc,  # (rows, groups * C_OUT), block [BLOCK_L, BLOCK_O]
-    x_desc,  # (rows, groups * C_IN), block [BLOCK_L, BLOCK_C]
-    out_ptr,  # (splits, groups * C_OUT, C_IN) contiguous
+def product_of_blocks_kernel(
+    dy_desc,  # (positions, groups * C_OUT), block [BLOCK_L, BLOCK_O], or with CHANNELS_FIRST its transpose
+    x_desc,  # (positions, groups * COLUMNS), block [BLOCK_L, BLOCK_C], or with CHANNELS_FIRST its transpose
+    out_ptr,  # (splits, groups * C_OUT, COLUMNS) contiguous
     C_OUT,  # per group
-    C_IN,  # per group
+    COLUMNS,  # per group
     blocks,
     blocks_per_split,
     tiles_o,
     tiles_c,
     GROUPS: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr,
     GRAD_LEFT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -37,20 +40,66 @@ def conv1d_weight_grad_pointwise_kernel(
         acc = tl.zeros((BLOCK_O, BLOCK_C), dtype=tl.float32)
     else:
         acc = tl.zeros((BLOCK_C, BLOCK_O), dtype=tl.float32)
+    to_dy = group * C_OUT + tile_o * BLOCK_O
+    to_x = group * COLUMNS + tile_c * BLOCK_C
     first = split * blocks_per_split
     for b in range(first, tl.minimum(first + blocks_per_split, blocks)):
-        dy = dy_desc.load([b * BLOCK_L, group * C_OUT + tile_o * BLOCK_O])
-        x = x_desc.load([b * BLOCK_L, group * C_IN + tile_c * BLOCK_C])
-        acc = dot_tile(tl.trans(x), tl.trans(dy), acc, GRAD_LEFT, "ieee")
+        if CHANNELS_FIRST:
+            dy = dy_desc.load([to_dy, b * BLOCK_L])
+            x = x_desc.load([to_x, b * BLOCK_L])
+        else:
+            dy = tl.trans(dy_desc.load([b * BLOCK_L, to_dy]))
+            x = tl.trans(x_desc.load([b * BLOCK_L, to_x]))
+        acc = dot_tile(x, dy, acc, GRAD_LEFT, PRECISION)
 
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    out_ptr += (widen(split, True) * GROUPS + group) * C_OUT * C_IN
+    out_ptr += (widen(split, True) * GROUPS + group) * C_OUT * COLUMNS
     if GRAD_LEFT:
-        offsets, mask = (o * C_IN)[:, None] + c[None, :], (o < C_OUT)[:, None] & (c < C_IN)[None, :]
+        offsets, mask = (o * COLUMNS)[:, None] + c[None, :], (o < C_OUT)[:, None] & (c < COLUMNS)[None, :]
     else:
-        offsets, mask = (o * C_IN)[None, :] + c[:, None], (o < C_OUT)[None, :] & (c < C_IN)[:, None]
+        offsets, mask = (o * COLUMNS)[None, :] + c[:, None], (o < C_OUT)[None, :] & (c < COLUMNS)[:, None]
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def product_of_blocks(
+    grad_output: Tensor, x: Tensor, grad_weight: Tensor, groups: int, channels_first: bool, precision: str, config
+) -> Tensor:
+    """Partial sums ``(splits, C_out, C_in / groups, K)`` of the product of two matrices: grad_weight itself, if there is one.
+
+    grad_output ``(positions, C_out)`` and x ``(positions, C_in * K)``, taps next to each other, or with `channels_first` their
+    transposes; their rows are contiguous and start on 16 bytes. Block copies need those of whole groups to start so too.
+    """
+    C_out, columns = grad_weight.shape[0] // groups, grad_weight[0].numel()
+    blocks = triton.cdiv(x.shape[1] if channels_first else x.shape[0], config.BLOCK_L)
+    per_split = triton.cdiv(blocks, config.splits)
+    partials = partial_sums(grad_weight, triton.cdiv(blocks, per_split))
+    tiles_o, tiles_c = triton.cdiv(C_out, config.BLOCK_O), triton.cdiv(columns, config.BLOCK_C)
+    blocks_of = [[config.BLOCK_L, channels] for channels in (config.BLOCK_O, config.BLOCK_C)]
+    dy_block, x_block = (block[::-1] if channels_first else block for block in blocks_of)
+    launch(
+        product_of_blocks_kernel,
+        (tiles_c * tiles_o * groups * partials.shape[0],),
+        descriptor(grad_output, list(grad_output.shape), list(grad_output.stride()), dy_block),
+        descriptor(x, list(x.shape), list(x.stride()), x_block),
+        partials,
+        C_out,
+        columns,
+        blocks,
+        per_split,
+        tiles_o,
+        tiles_c,
+        GROUPS=groups,
+        CHANNELS_FIRST=channels_first,
+        GRAD_LEFT=config.grad_left,
+        PRECISION=precision,
+        BLOCK_O=config.BLOCK_O,
+        BLOCK_C=config.BLOCK_C,
+        BLOCK_L=config.BLOCK_L,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return partials
 
 
 def conv1d_weight_grad_pointwise(grad_output: Tensor, x: Tensor, grad_weight: Tensor, groups: int, config) -> None:
@@ -60,32 +109,7 @@ def conv1d_weight_grad_pointwise(grad_output: Tensor, x: Tensor, grad_weight: Te
     equally far apart and start on 16 bytes. `config` is a `WeightGradConfig`; with more than one split the workspace holds
     `splits` float32 copies of grad_weight.
     """
-    N, C_out, L = grad_output.shape
-    C_in = grad_weight.shape[1]
-    blocks = triton.cdiv(N * L, config.BLOCK_L)
-    per_split = triton.cdiv(blocks, config.splits)
-    splits = triton.cdiv(blocks, per_split)
-    partials = partial_sums(grad_weight, splits)
-    tiles_o, tiles_c = triton.cdiv(C_out // groups, config.BLOCK_O), triton.cdiv(C_in, config.BLOCK_C)
-    launch(
-        conv1d_weight_grad_pointwise_kernel,
-        (tiles_c * tiles_o * groups * splits,),
-        descriptor(grad_output, [N * L, C_out], [grad_output.stride(2), 1], [config.BLOCK_L, config.BLOCK_O]),
-        descriptor(x, [N * L, C_in * groups], [x.stride(2), 1], [config.BLOCK_L, config.BLOCK_C]),
-        partials,
-        C_out // groups,
-        C_in,
-        blocks,
-        per_split,
-        tiles_o,
-        tiles_c,
-        GROUPS=groups,
-        GRAD_LEFT=config.grad_left,
-        BLOCK_O=config.BLOCK_O,
-        BLOCK_C=config.BLOCK_C,
-        BLOCK_L=config.BLOCK_L,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    if splits > 1:
+    rows = (t.as_strided((t.shape[0] * t.shape[2], t.shape[1]), (t.stride(2), 1)) for t in (grad_output, x))
+    partials = product_of_blocks(*rows, grad_weight, groups, False, "ieee", config)
+    if partials.shape[0] > 1:
         sum_partials(partials, grad_weight)

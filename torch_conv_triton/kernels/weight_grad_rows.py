@@ -2,8 +2,8 @@
 
 A sum over positions wants rows of positions. Each channel of grad_output becomes one row, its samples one after another with
 zeros between them; so does each channel of x at each phase of the stride. A tap then is a shift along the row, the same for all
-samples, and nothing passes through registers on its way to the tensor cores. Where x is small, each tap has rows of its own
-instead: then samples touch each other, and what is read starts on 16 bytes.
+samples, and nothing passes through registers on its way to the tensor cores. Where x is small, each tap may have rows of its
+own instead: then samples touch each other, and block copies read both.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch_conv_triton.kernels.common import OFFSET_LIMIT, dot_tile, needs_int64, round_tf32, split_program, widen
 from torch_conv_triton.kernels.launch import launch, workspace
 from torch_conv_triton.kernels.reduction import partial_sums, sum_partials
+from torch_conv_triton.kernels.weight_grad_pointwise import product_of_blocks
 
 
 @triton.jit(do_not_specialize=["samples", "tiles"])
@@ -108,7 +109,7 @@ def copy_to_rows(
 @triton.jit(do_not_specialize=["blocks", "blocks_per_split", "tiles_o", "tiles_c"])
 def conv1d_weight_grad_rows_kernel(
     dy_ptr,  # (groups * C_OUT, dy_row)
-    x_ptr,  # (groups * C_IN, PHASES, x_row), or with TAP_ROWS (groups * C_IN, K, x_row)
+    x_ptr,  # (groups * C_IN, PHASES, x_row)
     out_ptr,  # (splits, groups * C_OUT, C_IN, K) contiguous
     dy_row,
     x_row,
@@ -124,7 +125,6 @@ def conv1d_weight_grad_rows_kernel(
     C_IN: tl.constexpr,  # per group
     K: tl.constexpr,
     PHASES: tl.constexpr,
-    TAP_ROWS: tl.constexpr,
     TAP_MAJOR: tl.constexpr,
     GRAD_LEFT: tl.constexpr,
     INT64: tl.constexpr,
@@ -145,15 +145,10 @@ def conv1d_weight_grad_rows_kernel(
     else:
         c = column // K
         k = column % K
-    if TAP_ROWS:
-        row = (group * C_IN + c) * K + k
-        shift = tl.zeros_like(k)
-    else:
-        row = (group * C_IN + c) * PHASES + k * dilation % PHASES
-        shift = k * dilation // PHASES
+    shift = k * dilation
     j = tl.arange(0, BLOCK_L)
     rows_of_dy = widen(group * C_OUT + tl.minimum(o, C_OUT - 1), INT64) * dy_row
-    rows_of_x = widen(row, INT64) * x_row + shift
+    rows_of_x = widen((group * C_IN + c) * PHASES + shift % PHASES, INT64) * x_row + shift // PHASES
     if GRAD_LEFT:
         acc = tl.zeros((BLOCK_O, BLOCK_C), dtype=tl.float32)
     else:
@@ -162,13 +157,9 @@ def conv1d_weight_grad_rows_kernel(
     for b in range(first, tl.minimum(first + blocks_per_split, blocks)):
         start = b * BLOCK_L
         dy = tl.load(dy_ptr + start + (rows_of_dy[:, None] + j[None, :]))
-        to_x = x_ptr + start + (rows_of_x[None, :] + j[:, None])
-        if TAP_ROWS:
-            x = tl.load(to_x)
-        else:
-            # between samples dy is zero, but zero times a NaN that only other taps may see is none
-            is_position = (start + j) % pitch < L_out
-            x = tl.load(to_x, mask=is_position[:, None], other=0.0)
+        # between samples dy is zero, but zero times a NaN that only other taps may see is none
+        is_position = (start + j) % pitch < L_out
+        x = tl.load(x_ptr + start + (rows_of_x[None, :] + j[:, None]), mask=is_position[:, None], other=0.0)
         acc = dot_tile(tl.trans(x), dy, acc, GRAD_LEFT, "tf32")
 
     # the weight's own order, whatever the order of the columns
@@ -213,42 +204,45 @@ def conv1d_weight_grad_rows(
     dy_rows, bias_partials = copy_to_rows(grad_output, 1, 1, 0, 0, pitch, dy_row, summed=grad_bias is not None)
     rows, shift = (K, dilation) if config.tap_rows else (stride, 1)
     x_rows, _ = copy_to_rows(x, rows, stride, shift, padding, pitch, x_row)
-    per_split = triton.cdiv(blocks, config.splits)
-    splits = triton.cdiv(blocks, per_split)
-    partials = partial_sums(grad_weight, splits)
-    tiles_o = triton.cdiv(C_out // groups, config.BLOCK_O)
-    tiles_c = triton.cdiv(C_in * K, config.BLOCK_C)
-    launch(
-        conv1d_weight_grad_rows_kernel,
-        (tiles_c * tiles_o * groups * splits,),
-        dy_rows,
-        x_rows,
-        partials,
-        dy_row,
-        x_row,
-        pitch,
-        L_out,
-        C_out // groups,
-        blocks,
-        per_split,
-        dilation,
-        tiles_o,
-        tiles_c,
-        GROUPS=groups,
-        C_IN=C_in,
-        K=K,
-        PHASES=stride,
-        TAP_ROWS=config.tap_rows,
-        TAP_MAJOR=config.tap_major,
-        GRAD_LEFT=config.grad_left,
-        INT64=max(dy_rows.numel(), x_rows.numel()) > OFFSET_LIMIT,
-        BLOCK_O=config.BLOCK_O,
-        BLOCK_C=config.BLOCK_C,
-        BLOCK_L=config.BLOCK_L,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    if splits > 1:
+    if config.tap_rows:
+        matrices = dy_rows.view(C_out, dy_row), x_rows.view(-1, x_row)
+        partials = product_of_blocks(*matrices, grad_weight, groups, True, "tf32", config)
+    else:
+        per_split = triton.cdiv(blocks, config.splits)
+        splits = triton.cdiv(blocks, per_split)
+        partials = partial_sums(grad_weight, splits)
+        tiles_o = triton.cdiv(C_out // groups, config.BLOCK_O)
+        tiles_c = triton.cdiv(C_in * K, config.BLOCK_C)
+        launch(
+            conv1d_weight_grad_rows_kernel,
+            (tiles_c * tiles_o * groups * splits,),
+            dy_rows,
+            x_rows,
+            partials,
+            dy_row,
+            x_row,
+            pitch,
+            L_out,
+            C_out // groups,
+            blocks,
+            per_split,
+            dilation,
+            tiles_o,
+            tiles_c,
+            GROUPS=groups,
+            C_IN=C_in,
+            K=K,
+            PHASES=stride,
+            TAP_MAJOR=config.tap_major,
+            GRAD_LEFT=config.grad_left,
+            INT64=max(dy_rows.numel(), x_rows.numel()) > OFFSET_LIMIT,
+            BLOCK_O=config.BLOCK_O,
+            BLOCK_C=config.BLOCK_C,
+            BLOCK_L=config.BLOCK_L,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    if partials.shape[0] > 1:
         sum_partials(partials, grad_weight, 1, bias_partials, grad_bias)
     elif grad_bias is not None:
         sum_partials(bias_partials, grad_bias.view(C_out, 1, 1))
