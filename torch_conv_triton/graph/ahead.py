@@ -58,8 +58,12 @@ def _start(builds: Iterable[Build], device: torch.device) -> None:
 
 def _make(build: Build, cache_dir: str) -> None:
     """In a worker process. Nothing is returned: what was built is in the cache."""
+    from torch_conv_triton.kernels.builds import make_launcher
+
     os.environ["TRITON_CACHE_DIR"] = cache_dir
-    build.make()
+    compiled = build.make()
+    if build.target.backend == "cuda":
+        make_launcher(compiled)
 
 
 def _builds(calls: list[Node]) -> Iterator[Build]:

@@ -16,6 +16,7 @@ from typing import Any
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -57,6 +58,12 @@ class Build:
         kind = GluonASTSource if kernel.is_gluon() else ASTSource
         source = kind(kernel, self.signature, self.constexprs, self.attrs)
         return triton.compile(source, target=self.target, options=self.options)
+
+
+def make_launcher(compiled: Any) -> None:
+    """Compile the C function that hands a kernel its arguments, or take it from Triton's cache: in 3.6, later one serves all."""
+    if hasattr(driver, "make_launcher"):
+        driver.CudaLauncher(compiled.src, compiled.metadata)
 
 
 @cache
