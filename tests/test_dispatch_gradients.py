@@ -161,6 +161,14 @@ def test_only_aligned_rows_equally_far_apart_are_one_matrix(change):
     assert "weight_grad_pointwise" not in kernels(replace(problem, **change))
 
 
+def test_tiles_of_block_copies_fit_less_shared_memory():
+    _, wide = problems((16, 1024, 375), 2048, 1, BF16, layout="NLC")
+    small = Device("less shared memory", capability=120, sm_count=128, shared_memory=101376)
+    plans = dispatch_gradients.weight_grad_candidates(wide, small)
+    assert "weight_grad_pointwise" in {plan.kernel for plan in plans}
+    assert not any(dispatch_gradients.plan_refusal(plan, wide, small) for plan in plans)
+
+
 def test_beyond_two_to_the_31_elements_a_faster_aten_is_no_reason():
     huge = problems((1, 4, 2**29 + 4100), 4, 1)
     assert dispatch_gradients.plan_input_grad(huge[0], H200).kernel == "dense_few_outputs"
