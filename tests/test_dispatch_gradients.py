@@ -118,12 +118,13 @@ def test_the_bias_s_comes_out_of_the_weight_s_pass_where_grad_output_passes_thro
 
     weights, few_outputs, pointwise = SEED[1], problems((8, 32, 220160), 1, 7, padding=3)[1], CHOICES["pointwise"][0][1]
     shared = problems((16, 768, 499), 768, 128, FP16, layout="NLC", padding=64, groups=16)[1]
+    halves = problems((16, 1, 160000), 512, 10, FP16, stride=5)[1]
     plan = dispatch_gradients.plan_weight_grad(weights, H200)
     assert planned(weights) == replace(plan, config=replace(plan.config, with_bias=True))
-    for problem in (few_outputs, shared, pointwise):
+    for problem in (few_outputs, shared, halves, pointwise):
         assert planned(problem) == dispatch_gradients.plan_weight_grad(problem, H200)
     assert planned(few_outputs).config.exchanged and planned(pointwise).is_aten and planned(weights, None).is_aten
-    for problem in (few_outputs, shared):
+    for problem in (few_outputs, shared, halves):
         config = replace(planned(problem).config, with_bias=True)
         reason = weight_grad_config_refusal("weight_grad", config, problem, H200)
         assert reason == "grad_output does not pass through the registers of a few tiles, where it could be added up"

@@ -319,12 +319,13 @@ def adds_up_grad_output(kernel: str, config: WeightGradConfig, problem: Conv1dPr
     """Whether a pass for the weight's gradient gives the bias's too, and cheaper than one of its own.
 
     Every tile of columns adds up the grad_output that it reads, where that is prefetched into registers: p06 (3 tiles) 0.364,
-    apart 0.387; p11 (one) 0.330 and 0.386; p01 (8) 0.081 and 0.075.
+    apart 0.387; p01 (8) 0.081 and 0.075. Of 16 bits it is unpacked for that, in as many registers again: the whole backward
+    of p11 0.83, apart 0.67.
     """
     if kernel != "weight_grad":
         return kernel != "weight_grad_pointwise"
     tiles = -(-problem.C_in_per_group * problem.K // config.BLOCK_C)
-    return config.prefetch and not config.exchanged and tiles <= 4
+    return config.prefetch and not config.exchanged and problem.dtype.itemsize == 4 and tiles <= 4
 
 
 def depthwise_weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:
