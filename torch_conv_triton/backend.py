@@ -58,7 +58,7 @@ def compile_with(
     inductor = torch._TorchCompileInductorWrapper(mode, options, None)
     if name is not None:
         inductor.name = name
-    inductor.config[HOOK] = _hook(inductor.config, own or {}, recorder)
+    inductor.config |= _hooked(inductor.config, own or {}, recorder)
     return inductor(gm, example_inputs)
 
 
@@ -70,16 +70,19 @@ def inductor_options(mode: str | None = None, **own: Any) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     options = dict(list_mode_options(mode)) if mode else {}
-    return options | {HOOK: _hook(options, own)}
+    return options | _hooked(options, own)
 
 
-def _hook(options: Mapping[str, Any], own: Mapping[str, Any], recorder: Recorder | None = None) -> Any:
+def _hooked(options: Mapping[str, Any], own: Mapping[str, Any], recorder: Recorder | None = None) -> dict[str, Any]:
+    """The options of Inductor with which it runs our pass, and puts back after a compilation what the pass may set."""
     from torch._inductor import config
 
     from torch_conv_triton.graph.manager import ConvolutionPass, PassOptions, chained
+    from torch_conv_triton.graph.two_dimensions import SWITCH
 
     own = {"tune": bool(options.get("max_autotune", config.max_autotune)), **own}
-    return chained(options.get(HOOK, getattr(config, HOOK)), ConvolutionPass(PassOptions.of(own), recorder))
+    run = chained(options.get(HOOK, getattr(config, HOOK)), ConvolutionPass(PassOptions.of(own), recorder))
+    return {HOOK: run, SWITCH: options.get(SWITCH, getattr(config, SWITCH))}
 
 
 def _reset() -> None:

@@ -120,6 +120,11 @@ def read(node: Node) -> Convolution | None:
     )
 
 
+def has_two_dimensions(node: Node) -> bool:
+    """Whether a node is a convolution along more than one dimension, which is none of ours."""
+    return node.target is aten.convolution.default and len(node.args[3]) > 1
+
+
 def named_arguments(node: Node) -> dict[str, Any]:
     """Arguments of a node that calls an operator, by their names in its schema."""
     names = (argument.name for argument in node.target._schema.arguments)

@@ -12,7 +12,7 @@ from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
 from torch_conv_triton.configs import Device
-from torch_conv_triton.graph.convolution import MATRIX_PRODUCTS, Convolution, aten, convolutions
+from torch_conv_triton.graph.convolution import MATRIX_PRODUCTS, Convolution, aten, convolutions, has_two_dimensions
 from torch_conv_triton.problem import Conv1dProblem
 
 REASON = "the graph is so small that it waits for the host, and aten's launches are the shorter"
@@ -50,7 +50,7 @@ def waits_for_host(graph: Graph, found: Sequence[Convolution]) -> bool:
         if device is None or not device.compare_with_aten or not conv.is_static:
             return False
         times.append(estimated_us(conv.problem(), device))
-    others = sum(node.target in OTHERS or _has_two_dimensions(node) for node in graph.nodes)
+    others = sum(node.target in OTHERS or has_two_dimensions(node) for node in graph.nodes)
     if not times or others >= len(times) or inductor_config.triton.cudagraphs:
         return False
     return sum(times) < HOST_US * len(times)
@@ -68,7 +68,3 @@ def estimated_us(problem: Conv1dProblem, device: Device) -> float:
     """About what aten's convolution takes a GPU, in us: a third of an H200's rates, scaled, and what a kernel takes at least."""
     flops = 350e12 if problem.dtype.itemsize == 4 else 700e12
     return 8 + 3e3 * problem.floor_ms(4.3e12, flops) * 132 / device.sm_count
-
-
-def _has_two_dimensions(node: Node) -> bool:
-    return node.target is aten.convolution.default and len(node.args[3]) > 1

@@ -29,6 +29,7 @@ from torch_conv_triton.graph.layout import choose_layouts
 from torch_conv_triton.graph.prologue import fold_prologues
 from torch_conv_triton.graph.report import ConvRecord, Recorder
 from torch_conv_triton.graph.rewrite import rewrite_convolutions
+from torch_conv_triton.graph.two_dimensions import ChannelsLast
 from torch_conv_triton.problem import current_precision
 from torch_conv_triton.tuning import tables
 from torch_conv_triton.tuning.compile_time import tune_while_compiling
@@ -78,6 +79,7 @@ class ConvolutionPass(CustomGraphPass):
     def __init__(self, options: PassOptions = PassOptions(), recorder: Recorder | None = None) -> None:
         self.options = options
         self.recorder = recorder
+        self._channels_last = ChannelsLast()
 
     def __call__(self, graph: Graph) -> None:
         if self.recorder:
@@ -85,10 +87,11 @@ class ConvolutionPass(CustomGraphPass):
         if self.options.tune:
             for device, problems in static_problems(graph).items():
                 tune_while_compiling(problems, device)
-        for record in self._steps(graph, self.recorder.module_names if self.recorder else {}):
-            log.debug("%s", record)
-            if self.recorder:
-                self.recorder.records.append(record)
+        with self._channels_last.as_before(graph):
+            for record in self._steps(graph, self.recorder.module_names if self.recorder else {}):
+                log.debug("%s", record)
+                if self.recorder:
+                    self.recorder.records.append(record)
         compile_ahead(graph)
         _declare_operators()
 
