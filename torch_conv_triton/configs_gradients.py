@@ -383,12 +383,13 @@ def banded_weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightG
     return with_splits(config, programs, 2, 4 * problem.C_out * (problem.K + R - 1) * R, problem, device)
 
 
-def bias_grad_config(shape: Sequence[int], strides: Sequence[int], device: Device) -> WeightGradConfig:
+def bias_grad_config(shape: Sequence[int], strides: Sequence[int], itemsize: int, device: Device) -> WeightGradConfig:
     """Tiles of grad_output ``(N, C, L)`` that are wide along its contiguous dimension; BLOCK_C has no meaning."""
     N, C, L = shape
     if layout_of(strides, C, L) == "NLC":
         BLOCK_O = min(128, max(16, ceil_pow2(C)))
-        BLOCK_L = 2048 // BLOCK_O
+        # 64 bytes a thread at a time: what is under way hides the memory's latency, and programs are short
+        BLOCK_L = 8192 // itemsize // BLOCK_O
     else:
         BLOCK_L = min(1024, max(16, ceil_pow2(L)))
         BLOCK_O = min(2048 // BLOCK_L, ceil_pow2(C))

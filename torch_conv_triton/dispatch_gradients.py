@@ -196,7 +196,7 @@ def plan_bias_grad(grad_output: Tensor, device: Device | None) -> Plan:
         return aten("the output is empty")
     if device.compare_with_aten and grad_output.numel() * grad_output.element_size() < SMALL_SUM_BYTES:
         return aten("so small that the launch decides, and aten's is the shorter")
-    config = bias_grad_config(grad_output.shape, grad_output.stride(), device)
+    config = bias_grad_config(grad_output.shape, grad_output.stride(), grad_output.element_size(), device)
     return Plan("bias_grad", config, "sums in two fixed steps")
 
 
