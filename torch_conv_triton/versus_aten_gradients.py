@@ -85,6 +85,7 @@ def weight_grad_faster_in_aten(problem: Conv1dProblem) -> str | None:
         # channels-last 0.27]
         few = problem.N * problem.L_out < 100_000
         return PRODUCTS if few and products_an_element(problem) < 1000 else None
-    # p18 (6880 positions) 0.213 [0.198, channels-last 0.200], p25 0.098 [0.082]; s_kb64 (K 3) 3.1 [4.5]
+    # p18 (6880 positions) 0.213 [0.198, channels-last 0.200], p25 0.098 [0.082]; s_kb64 (K 3) 3.1 [4.5]. With rows of each tap,
+    # which these two have from the table: 0.154 and 0.054
     slower = problem.K > 3 or (problem.dilation == 1 and min(problem.C_in, problem.C_out) >= 256)
     return PRODUCTS if slower else None
