@@ -71,3 +71,12 @@ def test_the_native_backend_with_our_pass_decides_alike(decisions):
     run(Model(350), False, options=inductor_options())
     assert decisions[-1] is True
     assert config.force_layout_optimization is False
+
+
+def test_what_is_forced_stays_forced_in_the_backward(decisions):
+    forced = {"force_layout_optimization": True}
+    with config.patch(fx_graph_cache=False):
+        y = torch.compile(Model(350), backend=triton_conv, options=forced)(torch.randn(1, 1, 4, 6))
+        decisions.clear()
+        y.sum().backward()
+    assert set(decisions) == {True}
