@@ -369,6 +369,22 @@ def test_descriptors_read_nothing_between_rows(dtype):
     assert_within_budget(y, reference.conv1d(x, weight, bias, *case.geometry))
 
 
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_whose_rows_do_not_start_on_16_bytes_is_packed_for_block_copies(transposed, copied):
+    case = Case("pointwise", 2, 32, 45, 48, 1, transposed=transposed)
+    x, weight, bias = make_inputs(case, torch.bfloat16, "NLC")
+    rows = torch.full((case.C_out, 44, 1), torch.nan, dtype=weight.dtype)
+    rows[:, : case.C_in] = weight.transpose(0, 1) if transposed else weight
+    rows = rows[:, : case.C_in]
+    weight = rows.transpose(0, 1) if transposed else rows
+    problem = case.problem(x, weight, bias)
+    plan = dispatch.Plan("dense_tma", Config(32, 16, 32, tap_major=True, copy_to_nlc=copied), "")
+    assert dispatch.plan_refusal(plan, problem, dispatch.INTERPRETER) is None
+    y = execute.forward_with(plan, problem, x, weight, bias)
+    assert_within_budget(y, case.operator(torch.nn.functional)(x.double(), weight.double(), bias.double()))
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_non_finite_values_do_not_reach_padded_channels(value):
     case = PARTIAL_BLOCKS[0]

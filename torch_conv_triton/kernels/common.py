@@ -385,18 +385,23 @@ def pack_weight(weight: Tensor, tap_major: bool, rounded: bool, channels: int) -
 
 
 def weight_matrix(
-    weight: Tensor, tap_major: bool, rounded: bool, channels: int | None = None, readers: int = OFTEN_READ
+    weight: Tensor,
+    tap_major: bool,
+    rounded: bool,
+    channels: int | None = None,
+    readers: int = OFTEN_READ,
+    aligned: bool = False,
 ) -> tuple[Tensor, int, bool]:
     """The weight in reduction order: (tensor, row stride, whether its values are already rounded to TF32).
 
     A weight that is stored in that order is used as it is, unless it is worth rounding for all of its `readers`, the tiles of a
     row; any other is packed, which costs one pass over it. `channels`: as many of each tap, of which those that the weight does
-    not have are zero (default: its own).
+    not have are zero (default: its own). `aligned`: rows are to start on 16 bytes, for block copies.
     """
     C_out, C_in, K = weight.shape
     channels = channels or C_in
     stride_o, stride_c, stride_k = weight.stride()
-    if C_out * stride_o > OFFSET_LIMIT or channels > C_in:
+    if C_out * stride_o > OFFSET_LIMIT or channels > C_in or (aligned and not has_aligned_rows(weight, stride_o)):
         in_order = False
     elif tap_major:
         in_order = (stride_c == 1 or C_in == 1) and (stride_k == C_in or K == 1)
@@ -406,6 +411,11 @@ def weight_matrix(
         return weight, stride_o, False
     packed = pack_weight(weight, tap_major, rounded, channels)
     return packed, packed.stride(0), rounded
+
+
+def has_aligned_rows(weight: Tensor, stride: int) -> bool:
+    """Whether rows so many elements apart all start on 16 bytes, and none is repeated: what block copies ask of a matrix."""
+    return stride > 0 and stride * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
 
 
 def first_tap(weight: Tensor, reverse: bool) -> tuple[Tensor, int]:

@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, split_program, weight_matrix, widen
+from torch_conv_triton.kernels.common import (
+    dot_precision,
+    dot_tile,
+    has_aligned_rows,
+    needs_int64,
+    round_tf32,
+    split_program,
+    weight_matrix,
+    widen,
+)
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import descriptor, launch
 from torch_conv_triton.kernels.program import halves_channels
@@ -145,7 +154,7 @@ def conv1d_dense_tma(
     if w_transposed:
         w, w_desc = weight, descriptor(weight, [C_in, C_out], [weight.stride(1), 1], [config.BLOCK_K, columns])
     else:
-        w, stride_wo, _ = weight_matrix(weight, tap_major=True, rounded=tf32 and not w_rounded, channels=C_in)
+        w, stride_wo, _ = weight_matrix(weight, True, rounded=tf32 and not w_rounded, channels=C_in, aligned=True)
         w_desc = descriptor(w, [C_out, K * C_in], [stride_wo, 1], [columns, config.BLOCK_K])
         if tail:
             tail_desc = descriptor(w, [C_out, K * C_in], [stride_wo, 1], [tail, config.BLOCK_K])
@@ -196,4 +205,4 @@ def conv1d_dense_tma(
 
 def is_aligned_transpose(weight: Tensor) -> bool:
     """Whether block copies read a 16-bit weight ``(C_out, C_in, 1)`` with its output channels contiguous."""
-    return weight.element_size() == 2 and weight.stride(0) == 1 and weight.stride(1) % 8 == 0 and weight.data_ptr() % 16 == 0
+    return weight.element_size() == 2 and weight.stride(0) == 1 and has_aligned_rows(weight, weight.stride(1))
