@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torch_conv_triton import dispatch, execute, memory
 from torch_conv_triton.calls import Call, Launch, remember, run, signature
+from torch_conv_triton.direct import add_direct
 from torch_conv_triton.dispatch import PREPARING, Plan, aten
 from torch_conv_triton.epilogue import Program, allocate, evaluate, parse, prepare
 from torch_conv_triton.problem import (
@@ -271,3 +272,5 @@ COMPUTE = register(
     fake,
 )
 conv1d_fused = torch.ops.triton_conv.conv1d_fused.default
+for _op, _compute in COMPUTE.items():
+    add_direct(_op, _compute)

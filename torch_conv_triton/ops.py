@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from torch_conv_triton import execute, gradients, vmap
+from torch_conv_triton.direct import add_direct, is_unwatched
 from torch_conv_triton.problem import check_arguments, output_length, single
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -139,7 +139,9 @@ for _name, _kernel, _fake in (
     _library.impl(_name, _kernel, "CPU")
     _library.impl(_name, _kernel, "CUDA")
     torch.library.register_fake(f"triton_conv::{_name}", _fake, lib=_library)
-    COMPUTE[getattr(torch.ops.triton_conv, _name).default] = _kernel
+    _op = getattr(torch.ops.triton_conv, _name).default
+    add_direct(_op, _kernel)
+    COMPUTE[_op] = _kernel
 
 
 # autograd
@@ -278,25 +280,6 @@ class Conv1dWeightBiasGrad(torch.autograd.Function):
                 conv1d_input_grad(grad_output, grad_weight, input.shape[2], *ctx.geometry) if ctx.needs_input_grad[1] else None,
                 *(None,) * 5,
             )
-
-
-def is_unwatched(*tensors: Tensor | None) -> bool:
-    """Whether nothing asks to see an operator called on these tensors: no autograd, subclass, mode, tracer or profiler."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) is not Tensor and type(tensor) is not Parameter:
-            return False
-        # negative views and zeros without memory are resolved by the dispatcher
-        if (tensor.requires_grad and torch.is_grad_enabled()) or tensor.is_neg() or tensor._is_zerotensor():
-            return False
-    C = torch._C
-    return not (
-        C._len_torch_dispatch_stack() > 0
-        or C._len_torch_function_stack() > 0
-        or C._get_tracing_state() is not None
-        or C._autograd._profiler_enabled()
-    )
 
 
 def differentiable(function, op, composite, *args):

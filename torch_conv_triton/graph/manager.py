@@ -23,6 +23,7 @@ from torch_conv_triton.graph.ahead import COMPUTE, compile_ahead
 from torch_conv_triton.graph.backward import split_backward
 from torch_conv_triton.graph.chain import join_chains
 from torch_conv_triton.graph.convolution import aten, static_problems
+from torch_conv_triton.graph.direct import call_directly
 from torch_conv_triton.graph.fold import fold
 from torch_conv_triton.graph.host_bound import left_to_aten
 from torch_conv_triton.graph.layout import choose_layouts
@@ -187,7 +188,7 @@ def source_hash() -> str:
 
 
 def _declare_operators() -> None:
-    """Tell Inductor that our operators are called as they are.
+    """Tell Inductor that our operators are called as they are, and how its code calls them.
 
     One that it does not know yet torch 2.11 describes for a log that is off, all that its arguments are computed from included,
     once for every path there: of conv_tasnet's last convolutions that takes for ever.
@@ -195,3 +196,4 @@ def _declare_operators() -> None:
     for operator in COMPUTE:
         if operator not in lowering.lowerings:
             lowering.make_fallback(operator, warn=False)
+        call_directly(operator)
