@@ -11,6 +11,7 @@ from torch_conv_triton.calls import Call
 from torch_conv_triton.configs import INTERPRETER
 from torch_conv_triton.configs_gradients import WeightGradConfig
 from torch_conv_triton.dispatch import Plan
+from torch_conv_triton.kernels import weight_grad_rows
 from torch_conv_triton.problem import current_precision
 from torch_conv_triton.testing import (
     CASES,
@@ -193,6 +194,16 @@ def test_each_tap_may_have_rows_of_its_own(case):
         found, bias = gradients.run_weight_bias_grad(Call(problem, plan), grad_output, x)
     assert_within_budget(found, expected, "tf32")
     assert_within_budget(bias, grad_output.double().sum((0, 2)))
+
+
+@pytest.mark.parametrize(("apart", "wide"), [(2**28, True), (2**25, False)])
+def test_offsets_between_the_samples_of_a_row_are_wide_where_they_pass_two_to_the_31(apart, wide, monkeypatch):
+    found = []
+    monkeypatch.setattr(weight_grad_rows, "launch", lambda *_, **constants: found.append(constants["INT64"]))
+    # 32 samples and the next one, as a tile has 256 places
+    x = torch.empty_strided((64, 4, 8), (apart, 8, 1), device="meta")
+    weight_grad_rows.copy_to_rows(x, rows=3, step=1, shift=1, left=1, pitch=8, length=512)
+    assert found == [wide]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

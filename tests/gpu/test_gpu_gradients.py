@@ -140,6 +140,22 @@ def test_each_tap_may_have_rows_of_its_own(case):
         assert_within_budget(found, expected_gradients(case, x, weight, grad_output)[1], "tf32")
 
 
+@pytest.mark.parametrize("tap_rows", [False, True])
+def test_samples_that_lie_far_apart(tap_rows):
+    # a row has all of them, the last one 2^31 elements behind the first
+    case, apart = Case("far_apart", 9, 64, 8, 64, 3, padding=1), 2**28
+    x = torch.empty(8 * apart + 64 * 8, device="cuda").as_strided((9, 64, 8), (apart, 8, 1))
+    x.copy_(torch.randn(x.shape))
+    weight, grad_output = (torch.randn(shape, device="cuda") for shape in (case.weight_shape, case.output_shape))
+    with float32_precision("tf32"):
+        problem = dispatch_gradients.weight_grad_problem(grad_output, x, 3, 1, 1, 1, 1)
+        plan = Plan("weight_grad_rows", WeightGradConfig(64, 64, 32, num_warps=4, tap_rows=tap_rows), "the test's")
+        if dispatch_gradients.plan_refusal(plan, problem, dispatch.device_for(x.device)):
+            pytest.skip("block copies need sm_90")
+        found = gradients.weight_grad_with(plan, problem, grad_output, x)
+    assert_within_budget(found, expected_gradients(case, x, weight, grad_output)[1], "tf32")
+
+
 LONG_SUMS = (
     Case("long_sum", 4, 16, 2_500_000, 16, 3, padding=1),
     Case("long_sum_of_many", 4, 48, 2_500_000, 40, 5, padding=2),

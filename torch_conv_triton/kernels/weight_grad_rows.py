@@ -79,6 +79,8 @@ def copy_to_rows(
     block = 1024 // block_r
     tiles = triton.cdiv(length, block)
     sums = workspace((tiles, C), dtype=x.dtype, device=x.device) if summed else None
+    # that a tile may touch
+    samples = triton.cdiv(block, pitch) + 1
     launch(
         copy_to_rows_kernel,
         (tiles * C * triton.cdiv(rows, block_r),),
@@ -98,7 +100,7 @@ def copy_to_rows(
         SHIFT=shift,
         SUMS=summed,
         SHORT=pitch < block,
-        INT64=max(2 * x.stride(0), out.numel()) > OFFSET_LIMIT or needs_int64(x),
+        INT64=max(samples * x.stride(0), out.numel()) > OFFSET_LIMIT or needs_int64(x),
         BLOCK_R=block_r,
         BLOCK=block,
         num_warps=4,
