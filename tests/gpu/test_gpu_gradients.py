@@ -43,6 +43,11 @@ LARGE = (
     Case("long_depthwise", 4, 256, 1500, 256, 31, padding=15, groups=256),
     Case("one_token", 64, 1024, 5, 1024, 4, groups=1024),
 )
+POINTWISE = (
+    Case("pointwise_wide", 5, 256, 1001, 520, 1),
+    Case("pointwise_grouped", 3, 192, 777, 320, 1, groups=4),
+    Case("pointwise_few_rows", 1, 128, 5, 128, 1),
+)
 PLAIN = [case for case in (*CASES, *LARGE, *random_cases(20, seed=29)) if not case.transposed]
 
 
@@ -140,6 +145,36 @@ def test_each_tap_may_have_rows_of_its_own(case):
         assert_within_budget(found, expected_gradients(case, x, weight, grad_output)[1], "tf32")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", POINTWISE, ids=str)
+def test_pointwise_convolutions_that_block_copies_read_in_place(case, dtype):
+    # channels-last, without the margins that keep copies from it
+    x, grad_output = (
+        torch.randn(N, L, C, device="cuda", dtype=dtype).transpose(1, 2)
+        for N, C, L in ((case.N, case.C_in, case.L_in), case.output_shape)
+    )
+    weight = torch.randn(case.weight_shape, device="cuda", dtype=dtype)
+    expected = expected_gradients(case, x, weight, grad_output)
+    geometry = case.stride, case.padding, case.dilation, case.groups
+    device = dispatch.device_for(x.device)
+    problem = dispatch_gradients.weight_grad_problem(grad_output, x, 1, *geometry)
+    for plan in dispatch_gradients.weight_grad_candidates(problem, device):
+        for splits in (plan.config.splits, 3):
+            plan = replace(plan, config=replace(plan.config, splits=splits))
+            with poisoned_allocations():
+                first, second = (gradients.weight_grad_with(plan, problem, grad_output, x) for _ in range(2))
+            assert_within_budget(first, expected[1])
+            assert torch.equal(first, second), plan
+    # contiguous along either of the channels, and in rows that do not start on 16 bytes
+    rows = torch.randn(case.C_out, weight.shape[1] + 3, 1, device="cuda", dtype=dtype)[:, : weight.shape[1]].copy_(weight)
+    for stored in (weight, weight.transpose(0, 1).contiguous().transpose(0, 1), rows):
+        problem = dispatch_gradients.input_grad_problem(grad_output, stored, case.L_in, *geometry)
+        for plan in dispatch_gradients.input_grad_candidates(problem, device):
+            with poisoned_allocations():
+                found = gradients.input_grad_with(plan, problem, grad_output, stored)
+            assert_within_budget(found, expected[0])
+
+
 @pytest.mark.parametrize("tap_rows", [False, True])
 def test_samples_that_lie_far_apart(tap_rows):
     # a row has all of them, the last one 2^31 elements behind the first
@@ -215,15 +250,20 @@ def test_the_gradient_of_a_bias_is_the_sum_over_samples_and_positions(shape, lay
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["NCL", "NLC"])
 @pytest.mark.parametrize("case", LARGE[:2], ids=str)
-def test_weight_gradients_on_channels_last_views(case, layout, dtype):
+def test_gradients_on_channels_last_views(case, layout, dtype):
     x, weight, _ = make_inputs(case, dtype, layout, "cuda")
     grad_output = make_grad_output(case, dtype, device="cuda")
-    problem = dispatch_gradients.weight_grad_problem(
-        grad_output, x, case.K, case.stride, case.padding, case.dilation, case.groups
+    geometry = case.stride, case.padding, case.dilation, case.groups
+    for_x = dispatch_gradients.input_grad_problem(grad_output, weight, case.L_in, *geometry)
+    for_weight = dispatch_gradients.weight_grad_problem(grad_output, x, case.K, *geometry)
+    plan = Plan("aten_nhwc", None, "asked")
+    found = (
+        gradients.input_grad_with(plan, for_x, grad_output, weight),
+        gradients.weight_grad_with(plan, for_weight, grad_output, x),
     )
-    actual = gradients.weight_grad_with(Plan("aten_nhwc", None, "asked"), problem, grad_output, x)
-    assert actual.is_contiguous()
-    assert_within_budget(actual, expected_gradients(case, x, weight, grad_output)[1], problem.precision)
+    for actual, expected in zip(found, expected_gradients(case, x, weight, grad_output), strict=True):
+        assert actual.is_contiguous()
+        assert_within_budget(actual, expected, for_weight.precision)
 
 
 def test_gradients_run_on_the_current_stream_and_in_a_cuda_graph():
