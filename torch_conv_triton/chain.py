@@ -159,7 +159,7 @@ class ChainCall:
         biases = (tensors[step.bias] for step in chain.steps if step.bias is not None)
         repeatable = all(call.recording is not None for call in made) and all(bias.is_contiguous() for bias in biases)
         if repeatable and self.joined is None:
-            self._join(made, returned[0].device)
+            self._join(made, tensors, returned[0].device)
         return returned
 
     def _compute(self, i: int, values: dict[int, Tensor]) -> FusedCall:
@@ -169,7 +169,7 @@ class ChainCall:
         values.update(zip(self.chain.stored(i), call.compute(given, arguments), strict=True))
         return call
 
-    def _join(self, calls: Sequence[FusedCall], device: torch.device) -> None:
+    def _join(self, calls: Sequence[FusedCall], tensors: Sequence[Tensor], device: torch.device) -> None:
         """Make one recording of those of the steps."""
         from torch_conv_triton.kernels.launch import Recording
 
@@ -182,6 +182,8 @@ class ChainCall:
         constant = self._constants(calls)
         places: dict[object, tuple[int, int]] = {number: (number, 0) for number in range(chain.tensors)}
         places |= {number: (chain.tensors + i, 0) for i, number in enumerate(chain.returned)}
+        together = self._together(calls, constant)
+        needed = {(step, i): steps[0][0] for steps in together.values() for step, spaces in steps for i in spaces}
         # what only steps read, and the workspaces of their launches, share one workspace
         shared, kept = {}, {}
         for step, call in enumerate(calls):
@@ -189,7 +191,8 @@ class ChainCall:
                 shared[number] = Block(prod(stored[number][0]) * stored[number][2].itemsize, step, last[number])
             prepared = call.recording.prepared(constant[step])
             for i, size in enumerate(call.recording.workspace_bytes):
-                (kept if i in prepared else shared)[step, i] = Block(size, *((0, 0) if i in prepared else (step, step)))
+                first = needed.get((step, i), step)
+                (kept if i in prepared else shared)[step, i] = Block(size, *((0, 0) if i in prepared else (first, step)))
         given = chain.tensors + len(chain.returned)
         for blocks, place in ((kept, given), (shared, given + bool(kept))):
             starts, size = arrange(list(blocks.values()))
@@ -198,8 +201,13 @@ class ChainCall:
                 self.kept = [memory.uninitialised((size,), (1,), torch.uint8, device)]
         before, after = [], []
         for step, call in enumerate(calls):
+            mine = [key for key, steps in together.items() if any(number == step for number, _ in steps)]
+            for key in mine:
+                steps = together[key]
+                if steps[0][0] == step:
+                    after.append((self._launch_together(key, steps, calls, tensors), self._places_together(steps, places)))
             where = [places[name] for name in self._names(step, call)]
-            for half, recording in zip((before, after), call.recording.split(constant[step]), strict=True):
+            for half, recording in zip((before, after), call.recording.without(mine).split(constant[step]), strict=True):
                 half.append((recording, where))
         joined = Recording.joined(after, size, device)
         if joined.repeatable:
@@ -207,6 +215,46 @@ class ChainCall:
             self.preparation = Recording.joined(before, 0, device)
             self.joined = joined
             _prepared[str(chain)] += bool(kept)
+
+    def _together(
+        self, calls: Sequence[FusedCall], constant: Sequence[set[int]]
+    ) -> dict[tuple, list[tuple[int, tuple[int, ...]]]]:
+        """Launches of several steps that may be made as one, such as those that pack weights of one shape.
+
+        By what they have in common: the steps, and which of their workspaces each launch fills.
+        """
+        from torch_conv_triton.kernels.launch import MAX_TOGETHER
+
+        found: dict[tuple, list] = {}
+        for step, call in enumerate(calls):
+            weight = self.chain.steps[step].weight
+            if weight >= self.chain.tensors or constant[step]:
+                continue
+            for key, spaces in call.recording.joinable(1).items():
+                steps = found.setdefault(key, [])
+                size = sum(call.recording.workspace_bytes[i] for i in spaces)
+                # what is filled together is there together
+                if (len(steps) + 1) * size <= MAX_TOGETHER and weight not in [
+                    self.chain.steps[other].weight for other, _ in steps
+                ]:
+                    steps.append((step, spaces))
+        return {key: steps for key, steps in found.items() if len(steps) > 1}
+
+    def _launch_together(self, key: tuple, steps: list, calls: Sequence[FusedCall], tensors: Sequence[Tensor]) -> Recording:
+        from torch_conv_triton.kernels.launch import launch_together
+
+        return launch_together(
+            key,
+            [
+                (tensors[self.chain.steps[step].weight], *(calls[step].recording.new_workspace(i) for i in spaces))
+                for step, spaces in steps
+            ],
+        )
+
+    def _places_together(self, steps: list, places: Mapping[object, tuple[int, int]]) -> list[tuple[int, int]]:
+        """Where the tensors are that `_launch_together` is given: all weights, then all workspaces."""
+        names = [[self.chain.steps[step].weight, *((step, i) for i in spaces)] for step, spaces in steps]
+        return [places[name] for group in zip(*names, strict=True) for name in group]
 
     def _constants(self, calls: Sequence[FusedCall]) -> list[set[int]]:
         """For each step which tensors of its recording are constant: its weight, unless enough sizes of the chain keep theirs."""

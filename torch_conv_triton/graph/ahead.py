@@ -71,13 +71,14 @@ def _builds(calls: list[Node]) -> Iterator[Build]:
     from triton.runtime import driver
 
     from torch_conv_triton.kernels.builds import Build
-    from torch_conv_triton.kernels.launch import rehearsal
+    from torch_conv_triton.kernels.launch import rehearsal, rehearsed_together
 
     found = set()
     for node in calls:
         with dispatch.meta_stands_for(_device(node)), rehearsal() as launches:
             COMPUTE[node.target](*map_arg(node.args, _without_data), **map_arg(node.kwargs, _without_data))
-        for kernel, args, keywords in launches:
+        together = rehearsed_together(launches) if node.target in chain.COMPUTE else ()
+        for kernel, args, keywords in (*launches, *together):
             build = Build.of(kernel, args, keywords, driver.active.get_current_target())
             if repr(build) not in found:
                 found.add(repr(build))

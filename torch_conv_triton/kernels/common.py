@@ -279,9 +279,22 @@ def implicit_gemm(
 
 
 @triton.jit
+def of_launch(pointers):
+    """The pointer of a tuple that programs of this place in the second dimension of the grid work on.
+
+    Launches that take all of their tensors so, in tuples of one, are made as one where they differ in nothing else.
+    """
+    pointer = pointers[0]
+    for i in tl.static_range(1, len(pointers)):
+        if tl.program_id(1) == i:
+            pointer = pointers[i]
+    return pointer
+
+
+@triton.jit
 def pack_weight_kernel(
-    w_ptr,
-    out_ptr,
+    w_ptrs,
+    out_ptrs,
     numel,
     stride_wo,
     stride_wc,
@@ -304,16 +317,16 @@ def pack_weight_kernel(
         k = r % K
         c = r // K
     offsets = o.to(tl.int64) * stride_wo + c.to(tl.int64) * stride_wc + k.to(tl.int64) * stride_wk
-    w = tl.load(w_ptr + offsets, mask=(i < numel) & (c < C_IN), other=0.0)
+    w = tl.load(of_launch(w_ptrs) + offsets, mask=(i < numel) & (c < C_IN), other=0.0)
     if ROUND:
         w = round_tf32(w)
-    tl.store(out_ptr + i, w, mask=i < numel)
+    tl.store(of_launch(out_ptrs) + i, w, mask=i < numel)
 
 
 @triton.jit(do_not_specialize=["tiles_c", "tiles_k"])
 def pack_taps_kernel(
-    w_ptr,
-    out_ptr,
+    w_ptrs,
+    out_ptrs,
     C_OUT,
     stride_wo,
     stride_wc,
@@ -336,10 +349,10 @@ def pack_taps_kernel(
     c = (tile_c * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
     mask = (o < C_OUT) & (k < K)
     offsets = o.to(tl.int64) * stride_wo + c.to(tl.int64) * stride_wc + k.to(tl.int64) * stride_wk
-    w = tl.load(w_ptr + offsets, mask=mask & (c < C_IN), other=0.0)
+    w = tl.load(of_launch(w_ptrs) + offsets, mask=mask & (c < C_IN), other=0.0)
     if ROUND:
         w = round_tf32(w)
-    tl.store(out_ptr + ((o.to(tl.int64) * K + k) * CHANNELS + c), w, mask=mask & (c < CHANNELS))
+    tl.store(of_launch(out_ptrs) + ((o.to(tl.int64) * K + k) * CHANNELS + c), w, mask=mask & (c < CHANNELS))
 
 
 def pack_weight(weight: Tensor, tap_major: bool, rounded: bool, channels: int) -> Tensor:
@@ -357,8 +370,8 @@ def pack_weight(weight: Tensor, tap_major: bool, rounded: bool, channels: int) -
         launch(
             pack_taps_kernel,
             (tiles_c * tiles_k * triton.cdiv(C_out, block_o),),
-            weight,
-            packed,
+            (weight,),
+            (packed,),
             C_out,
             *weight.stride(),
             tiles_c,
@@ -373,8 +386,8 @@ def pack_weight(weight: Tensor, tap_major: bool, rounded: bool, channels: int) -
     launch(
         pack_weight_kernel,
         (triton.cdiv(packed.numel(), block),),
-        weight,
-        packed,
+        (weight,),
+        (packed,),
         packed.numel(),
         *weight.stride(),
         **sizes,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import round_tf32, widen
+from torch_conv_triton.kernels.common import of_launch, round_tf32, widen
 from torch_conv_triton.kernels.epilogue import store_outputs, store_tile
 from torch_conv_triton.kernels.launch import launch, workspace
 from torch_conv_triton.kernels.layout import channels_last_copy
@@ -16,8 +16,8 @@ from torch_conv_triton.weave import Weave
 
 @triton.jit
 def pack_interleaved_kernel(
-    w_ptr,  # (C_in, C_out / groups, K), any strides
-    out_ptr,  # (C_out, ROWS, TAPS, C_in / groups)
+    w_ptrs,  # (C_in, C_out / groups, K), any strides
+    out_ptrs,  # (C_out, ROWS, TAPS, C_in / groups)
     C_OUT,  # per group
     stride_wc,
     stride_wo,
@@ -49,13 +49,13 @@ def pack_interleaved_kernel(
     there = (c < C_IN)[:, None] & (o < C_OUT)[None, :]
     w_c = (group * C_IN + c) * stride_wc
     w_z = o.to(tl.int64) * stride_wo + k.to(tl.int64) * stride_wk
-    w = tl.load(w_ptr + (w_c[:, None] + w_z[None, :]), mask=there & ((phase < PHASES) & (k < K))[None, :], other=0.0)
+    w = tl.load(of_launch(w_ptrs) + (w_c[:, None] + w_z[None, :]), mask=there & ((phase < PHASES) & (k < K))[None, :], other=0.0)
     if ROUND:
         w = round_tf32(w)
     if REVERSE:
         j = TAPS - 1 - j
     row = ((group * C_OUT + o) * ROWS + phase) * TAPS + j
-    tl.store(out_ptr + (row[None, :] * C_IN + c[:, None]), w, mask=there)
+    tl.store(of_launch(out_ptrs) + (row[None, :] * C_IN + c[:, None]), w, mask=there)
 
 
 def pack_interleaved(weight: Tensor, groups: int, weave: Weave, rounded: bool, reverse: bool = False) -> Tensor:
@@ -72,8 +72,8 @@ def pack_interleaved(weight: Tensor, groups: int, weave: Weave, rounded: bool, r
     launch(
         pack_interleaved_kernel,
         (tiles_c * tiles_z * groups,),
-        weight,
-        packed,
+        (weight,),
+        (packed,),
         C_out,
         *weight.stride(),
         tiles_c,

@@ -134,6 +134,7 @@ class _Places:
 class _Step:
     """One launch of a compiled kernel: all of its arguments, of which those at some positions hold addresses."""
 
+    kernel: object
     compiled: CompiledKernel
     grid: tuple[int, int, int]
     args: tuple
@@ -266,6 +267,10 @@ class Recording:
         """The sizes of what is allocated for the launches beside the tensors of the call."""
         return [prod(shape) * dtype.itemsize for shape, _, dtype, _ in self._workspaces]
 
+    def new_workspace(self, i: int) -> Tensor:
+        """A tensor like one of those workspaces."""
+        return memory.uninitialised(*self._workspaces[i])
+
     def prepared(self, constants: Collection[int]) -> set[int]:
         """The workspaces, by their numbers, that hold the same in every call if these of the tensors do."""
         same, changing = set(), set()
@@ -276,6 +281,28 @@ class Recording:
             else:
                 changing |= spaces - same
         return {i - self._given for i in same}
+
+    def joinable(self, given: int) -> dict[tuple, tuple[int, ...]]:
+        """Launches that read only this one of the tensors and fill workspaces, and may be made together with others like them.
+
+        Those take their tensors in tuples (see `launch_together`). By what they have to have in common: the numbers of the
+        workspaces that each fills.
+        """
+        found = {}
+        for step in self._steps:
+            alone = all(isinstance(place, _Places) and len(place.places) == 1 for _, place in step.places)
+            read, *filled = [place.places[0] for _, place in step.places] if alone else [None]
+            if filled and read == _Place(given, 0) and all(p.tensor >= self._given and not p.offset for p in filled):
+                key = step.kernel, step.compiled, step.grid, step.args
+                found[key] = tuple(place.tensor - self._given for place in filled)
+        return found
+
+    def without(self, keys: Collection[tuple]) -> Recording:
+        """The other launches, where these are `joinable` ones."""
+        other = copy(self)
+        other._known = {}
+        other._steps = [step for step in self._steps if (step.kernel, step.compiled, step.grid, step.args) not in keys]
+        return other
 
     def split(self, constants: Collection[int]) -> tuple[Recording, Recording]:
         """The launches that fill what is `prepared` from these tensors, and the others."""
@@ -324,7 +351,7 @@ class Recording:
             self._describes |= isinstance(value, TensorDescriptor)
             places.append((position, place))
             values[position] = None
-        self._steps.append(_Step(compiled, (*grid, 1, 1)[:3], tuple(values), tuple(places)))
+        self._steps.append(_Step(kernel, compiled, (*grid, 1, 1)[:3], tuple(values), tuple(places)))
 
     def _place(self, value: Tensor | TensorDescriptor) -> _Place | None:
         """Which tensor of the call an argument is, describes, or is a view of; None if it is none, or a view of several."""
@@ -340,3 +367,36 @@ class Recording:
             return None
         offset = value.data_ptr() - self._tensors[same[0]].data_ptr()
         return _Place(same[0], offset) if fields is None else _Described(same[0], offset, fields)
+
+
+# bytes that launches made as one may fill: all of it is there until the last of it has been read
+MAX_TOGETHER = 32 * 2**20
+
+
+def launch_together(key: tuple, tensors: Sequence[Sequence[Tensor]]) -> Recording:
+    """Make `Recording.joinable` launches as one, and record it: each on tensors of its own.
+
+    The kernel takes a tuple for each tensor, and which of it a program works on is its place in the second dimension of the grid.
+    """
+    kernel, _, grid, args = key
+    given = iter(zip(*tensors, strict=True))
+    with Recording(*(tensor for group in zip(*tensors, strict=True) for tensor in group)) as recording:
+        arguments = [next(given) if value is None else value for value in args]
+        launch(kernel, (grid[0], len(tensors)), **dict(zip(kernel.arg_names, arguments, strict=True)))
+    return recording
+
+
+def rehearsed_together(launches: Iterable[tuple]) -> Iterator[tuple]:
+    """The launches that `launch_together` will make of rehearsed ones, each on a weight and a workspace of its own."""
+    found: dict[tuple, list[tuple]] = {}
+    for kernel, args, keywords in launches:
+        sizes = [arg[0].nbytes for arg in args if isinstance(arg, tuple)]
+        if sizes and not any(isinstance(arg, (Tensor, TensorDescriptor)) for arg in (*args, *keywords.values())):
+            key = kernel, tuple(None if isinstance(arg, tuple) else arg for arg in args), tuple(keywords.items())
+            alike = found.setdefault(key, [])
+            if (len(alike) + 1) * sizes[-1] <= MAX_TOGETHER:
+                alike.append(args)
+    for (kernel, _, keywords), alike in found.items():
+        if len(alike) > 1:
+            merged = [sum(each, ()) if isinstance(each[0], tuple) else each[0] for each in zip(*alike, strict=True)]
+            yield kernel, tuple(merged), dict(keywords)

@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import round_tf32
+from torch_conv_triton.kernels.common import of_launch, round_tf32
 from torch_conv_triton.kernels.launch import launch, workspace
 
 
 @triton.jit
 def pack_weight_chunks_kernel(
-    w_ptr,
-    out_ptr,
+    w_ptrs,
+    out_ptrs,
     numel,
     C_OUT,
     stride_wo,
@@ -35,10 +35,10 @@ def pack_weight_chunks_kernel(
     o += i // (BLOCK_N * C_IN * K) * BLOCK_N
     c = chunk * CHUNK + v
     offsets = o.to(tl.int64) * stride_wo + c.to(tl.int64) * stride_wc + k.to(tl.int64) * stride_wk
-    w = tl.load(w_ptr + offsets, mask=(i < numel) & (o < C_OUT), other=0.0)
+    w = tl.load(of_launch(w_ptrs) + offsets, mask=(i < numel) & (o < C_OUT), other=0.0)
     if ROUND:
         w = round_tf32(w)
-    tl.store(out_ptr + i, w, mask=i < numel)
+    tl.store(of_launch(out_ptrs) + i, w, mask=i < numel)
 
 
 def pack_weight_chunks(weight: Tensor, BLOCK_N: int, rounded: bool) -> Tensor:
@@ -50,8 +50,8 @@ def pack_weight_chunks(weight: Tensor, BLOCK_N: int, rounded: bool) -> Tensor:
     launch(
         pack_weight_chunks_kernel,
         (triton.cdiv(packed.numel(), block),),
-        weight,
-        packed,
+        (weight,),
+        (packed,),
         packed.numel(),
         C_out,
         *weight.stride(),
