@@ -14,6 +14,7 @@ import torch_conv_triton
 from torch_conv_triton import memory
 from torch_conv_triton.kernels import launch as launching
 from torch_conv_triton.kernels.launch import Recording, _Launch, descriptor, launch, workspace
+from torch_conv_triton.kernels.oldest_first import OldestFirst
 
 
 class Kernel:
@@ -83,6 +84,23 @@ def test_a_repeated_call_runs_on_the_new_addresses():
     recording.repeat(x, y, w)
     assert kernel.compiled[3:] == kernel.compiled[1:3]
     assert len(kernel.bound) == 1
+
+
+def test_what_recordings_know_of_addresses_is_bounded_for_all_together(monkeypatch):
+    monkeypatch.setattr(launching, "_kept", OldestFirst(limit=6))
+    kernel = Kernel()
+    x, w, *outputs = (torch.empty(8) for _ in range(6))
+    first, second = (record(kernel, x, w, outputs[0]) for _ in range(2))
+    for y in outputs:
+        first.repeat(x, w, y)
+    assert [key[-1] for key in first._known] == [y.data_ptr() for y in outputs[1:]]
+    second.repeat(x, w, outputs[0])
+    assert (len(first._known), len(second._known)) == (2, 1)
+    # forgotten, and known again
+    for _ in range(3):
+        first.repeat(x, w, outputs[0])
+    assert kernel.compiled[-1] == kernel.compiled[0]
+    assert (len(first._known), len(second._known)) == (2, 1)
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])

@@ -27,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torch_conv_triton import memory
 from torch_conv_triton.kernels.builds import await_expected
+from torch_conv_triton.kernels.oldest_first import OldestFirst
 
 _thread = threading.local()
 
@@ -207,8 +208,9 @@ class _Known:
     again: bool = False
 
 
-# layers alike share a recording, each with weights of its own
-_MAX_KNOWN = 64
+# Layers alike share a recording, each with weights of its own, and there is a recording for every length that was met. Counted in
+# launches, of about 2.5 kB each.
+_kept = OldestFirst(limit=2**15)
 
 
 def _launches_are_hooked() -> bool:
@@ -250,9 +252,7 @@ class Recording:
         if known is None:
             launches = [step.on(addresses, where[0]) for step in self._steps]
             known = _Known(launches, [launch.call() for launch in launches])
-            if len(self._known) >= _MAX_KNOWN:
-                self._known.clear()
-            self._known[where] = known
+            _kept.add(self._known, where, known, size=1 + len(launches))
         elif not known.again:
             known.again, known.calls = True, [launch.inner_call() for launch in known.launches]
         if _launches_are_hooked():
