@@ -43,6 +43,8 @@ LARGE = (
     Case("long_depthwise", 4, 256, 1500, 256, 31, padding=15, groups=256),
     Case("one_token", 64, 1024, 5, 1024, 4, groups=1024),
 )
+# in runs of 4 and of 8 positions
+DEPTHWISE = tuple(Case(f"depthwise_{K}", 3, 520, 1001, 520, K, padding=K // 2, groups=520) for K in (3, 9))
 POINTWISE = (
     Case("pointwise_wide", 5, 256, 1001, 520, 1),
     Case("pointwise_grouped", 3, 192, 777, 320, 1, groups=4),
@@ -110,7 +112,7 @@ def test_operators_give_aten_s_gradients(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["NCL", "NLC"])
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("case", [*LARGE, *DEPTHWISE], ids=str)
 def test_the_gradient_of_a_bias_out_of_the_pass_for_the_weight_s(case, layout, dtype):
     x, weight, _ = make_inputs(case, dtype, layout, "cuda")
     grad_output = make_grad_output(case, dtype, layout, "cuda")

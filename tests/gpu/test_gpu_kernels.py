@@ -92,6 +92,18 @@ def test_non_finite_values_spread_as_in_aten(case, dtype, value):
         assert torch.equal(execute.forward_with(plan, problem, x, weight, bias).isfinite(), expected.isfinite()), plan
 
 
+@pytest.mark.parametrize("dim", [0, 2])
+def test_an_expanded_input_is_read_in_place(dim):
+    # block copies too step over samples, or positions, by nothing
+    case = Case("expanded", 3, 64, 300, 64, 3, padding=1)
+    x = torch.randn(case.N, case.L_in, case.C_in, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    x = x.narrow(dim, 0, 1).expand(x.shape)
+    _, weight, bias = make_inputs(case, torch.bfloat16, device="cuda")
+    problem, expected = case.problem(x, weight, bias), reference.conv1d(x, weight, bias, *case.geometry)
+    for plan in dispatch.candidates(problem, dispatch.device_for(x.device)):
+        assert_within_budget(execute.forward_with(plan, problem, x, weight, bias), expected)
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 def test_beyond_two_to_the_31_elements(groups):
     x = torch.randn(1, 4, 2**29 + 4099, device="cuda", dtype=torch.float16)
