@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from inspect import getclosurevars
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import prod
 from operator import mul
 
@@ -133,13 +133,19 @@ class _Places:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One launch of a compiled kernel: all of its arguments, of which those at some positions hold addresses."""
+    """One launch of a compiled kernel: all of its arguments, of which those at some positions hold addresses, and its options."""
 
     kernel: object
     compiled: CompiledKernel
     grid: tuple[int, int, int]
     args: tuple
     places: tuple[tuple[int, _Place | _Places], ...]
+    options: tuple[tuple[str, object], ...]
+
+    @property
+    def alike(self) -> tuple:
+        """What launches have in common that differ in nothing but addresses."""
+        return self.kernel, self.compiled, self.grid, self.args, self.options
 
     def on(self, addresses: list[int], stream: int) -> _Launch:
         """The launch on these addresses."""
@@ -292,26 +298,27 @@ class Recording:
         for step in self._steps:
             alone = all(isinstance(place, _Places) and len(place.places) == 1 for _, place in step.places)
             read, *filled = [place.places[0] for _, place in step.places] if alone else [None]
-            if filled and read == _Place(given, 0) and all(p.tensor >= self._given and not p.offset for p in filled):
-                key = step.kernel, step.compiled, step.grid, step.args
-                found[key] = tuple(place.tensor - self._given for place in filled)
+            # an argument that is None by itself could not be told from a tensor's place
+            alone &= step.args.count(None) == len(step.places)
+            if alone and filled and read == _Place(given, 0) and all(p.tensor >= self._given and not p.offset for p in filled):
+                found[step.alike] = tuple(place.tensor - self._given for place in filled)
         return found
 
-    def without(self, keys: Collection[tuple]) -> Recording:
+    def without(self, alike: Collection[tuple]) -> Recording:
         """The other launches, where these are `joinable` ones."""
-        other = copy(self)
-        other._known = {}
-        other._steps = [step for step in self._steps if (step.kernel, step.compiled, step.grid, step.args) not in keys]
-        return other
+        return self._of([step for step in self._steps if step.alike not in alike])
 
     def split(self, constants: Collection[int]) -> tuple[Recording, Recording]:
         """The launches that fill what is `prepared` from these tensors, and the others."""
         known = {*constants, *(self._given + i for i in self.prepared(constants))}
-        before, after = copy(self), copy(self)
-        before._known, after._known = {}, {}
-        before._steps = [step for step in self._steps if step.tensors <= known]
-        after._steps = [step for step in self._steps if not step.tensors <= known]
-        return before, after
+        before = [step for step in self._steps if step.tensors <= known]
+        return self._of(before), self._of([step for step in self._steps if not step.tensors <= known])
+
+    def _of(self, steps: list[_Step]) -> Recording:
+        """The same with only these of its launches."""
+        other = copy(self)
+        other._steps, other._known = steps, {}
+        return other
 
     @classmethod
     def joined(cls, parts: Iterable[tuple[Recording, Sequence[tuple[int, int]]]], space: int, device: torch.device) -> Recording:
@@ -351,7 +358,8 @@ class Recording:
             self._describes |= isinstance(value, TensorDescriptor)
             places.append((position, place))
             values[position] = None
-        self._steps.append(_Step(kernel, compiled, (*grid, 1, 1)[:3], tuple(values), tuple(places)))
+        options = tuple((name, value) for name, value in keywords.items() if name not in kernel.arg_names)
+        self._steps.append(_Step(kernel, compiled, (*grid, 1, 1)[:3], tuple(values), tuple(places), options))
 
     def _place(self, value: Tensor | TensorDescriptor) -> _Place | None:
         """Which tensor of the call an argument is, describes, or is a view of; None if it is none, or a view of several."""
@@ -373,16 +381,17 @@ class Recording:
 MAX_TOGETHER = 32 * 2**20
 
 
-def launch_together(key: tuple, tensors: Sequence[Sequence[Tensor]]) -> Recording:
+def launch_together(alike: tuple, tensors: Sequence[Sequence[Tensor]]) -> Recording:
     """Make `Recording.joinable` launches as one, and record it: each on tensors of its own.
 
     The kernel takes a tuple for each tensor, and which of it a program works on is its place in the second dimension of the grid.
     """
-    kernel, _, grid, args = key
-    given = iter(zip(*tensors, strict=True))
-    with Recording(*(tensor for group in zip(*tensors, strict=True) for tensor in group)) as recording:
-        arguments = [next(given) if value is None else value for value in args]
-        launch(kernel, (grid[0], len(tensors)), **dict(zip(kernel.arg_names, arguments, strict=True)))
+    kernel, _, grid, args, options = alike
+    groups = list(zip(*tensors, strict=True))
+    given = iter(groups)
+    arguments = [next(given) if value is None else value for value in args]
+    with Recording(*chain.from_iterable(groups)) as recording:
+        launch(kernel, (grid[0], len(tensors)), **dict(zip(kernel.arg_names, arguments, strict=True)), **dict(options))
     return recording
 
 
