@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from torch_conv_triton.kernels.common import pack_weight
 from torch_conv_triton.kernels.layout import channels_last_copy
+from torch_conv_triton.kernels.weight_matrix import pack_weight
 from torch_conv_triton.testing import poisoned_allocations
 
 

@@ -14,11 +14,11 @@ from torch_conv_triton.kernels.common import (
     prefetch_rows,
     split_program,
     split_rows,
-    weight_matrix,
     widen,
 )
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, rows_of_weight, store_tile, sums_of_tile
 from torch_conv_triton.kernels.launch import launch
+from torch_conv_triton.kernels.weight_matrix import weight_matrix
 
 
 @triton.jit(do_not_specialize=["N", "tiles_m", "tiles_n"])

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, weight_matrix, widen
+from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, widen
 from torch_conv_triton.kernels.epilogue import NO_FUSION, store_tile
 from torch_conv_triton.kernels.launch import descriptor, launch, workspace
+from torch_conv_triton.kernels.weight_matrix import weight_matrix
 
 # channels of a narrow tile, the fewest that a product takes
 NARROW = 16

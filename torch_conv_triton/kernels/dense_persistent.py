@@ -18,11 +18,11 @@ from torch_conv_triton.kernels.common import (
     reduction_slice,
     reduction_steps,
     round_tf32,
-    weight_matrix,
     widen,
 )
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import launch
+from torch_conv_triton.kernels.weight_matrix import weight_matrix
 
 
 @triton.jit(do_not_specialize=["tiles_m", "tiles"])

@@ -27,12 +27,12 @@ from torch_conv_triton.kernels.common import (
     round_tf32,
     split_program,
     split_rows,
-    weight_matrix,
     widen,
 )
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.interleave import store_interleaved
 from torch_conv_triton.kernels.launch import launch
+from torch_conv_triton.kernels.weight_matrix import weight_matrix
 
 
 @triton.jit

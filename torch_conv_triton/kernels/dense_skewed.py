@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import dot_precision, implicit_gemm, needs_int64, split_program, weight_matrix, widen
+from torch_conv_triton.kernels.common import dot_precision, implicit_gemm, needs_int64, split_program, widen
 from torch_conv_triton.kernels.launch import launch
+from torch_conv_triton.kernels.weight_matrix import weight_matrix
 
 
 @triton.jit(do_not_specialize=["L_out", "stride_yn", "stride_yc", "tiles_m", "tiles_n"])

@@ -13,19 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import (
-    dot_precision,
-    dot_tile,
-    has_aligned_rows,
-    needs_int64,
-    round_tf32,
-    split_program,
-    weight_matrix,
-    widen,
-)
+from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, split_program, widen
 from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import descriptor, launch
 from torch_conv_triton.kernels.program import halves_channels
+from torch_conv_triton.kernels.weight_matrix import has_aligned_rows, weight_matrix
 
 
 # the same convolution at several dilations, as in a residual block, is one kernel

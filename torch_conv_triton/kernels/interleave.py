@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import of_launch, round_tf32, widen
+from torch_conv_triton.kernels.common import round_tf32, widen
 from torch_conv_triton.kernels.epilogue import store_outputs, store_tile
 from torch_conv_triton.kernels.launch import launch, workspace
 from torch_conv_triton.kernels.layout import channels_last_copy
+from torch_conv_triton.kernels.weight_matrix import of_launch
 from torch_conv_triton.problem import ceil_pow2
 from torch_conv_triton.weave import Weave
 

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_conv_triton.kernels.common import of_launch, round_tf32
+from torch_conv_triton.kernels.common import round_tf32
 from torch_conv_triton.kernels.launch import launch, workspace
+from torch_conv_triton.kernels.weight_matrix import of_launch
 
 
 @triton.jit
