@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torch_conv_triton.kernels.common import needs_int64, widen
 from torch_conv_triton.kernels.launch import launch
-from torch_conv_triton.kernels.reduction import block_positions, blocks_of, partial_sums, sum_partials
+from torch_conv_triton.kernels.reduction import block_positions, blocks_of, partial_sums, shares_of, sum_partials
 
 
 @triton.jit(do_not_specialize=["N", "blocks", "blocks_per_sample", "blocks_per_split", "tiles_o"])
@@ -58,8 +58,7 @@ def conv1d_bias_grad(grad_output: Tensor, grad_bias: Tensor, config) -> None:
     """
     N, C, L = grad_output.shape
     flatten, per_sample, blocks = blocks_of(N, L, config.BLOCK_L)
-    per_split = triton.cdiv(blocks, config.splits)
-    splits = triton.cdiv(blocks, per_split)
+    per_split, splits = shares_of(blocks, config.splits)
     sums = grad_bias.view(C, 1, 1)
     partials = partial_sums(sums, splits)
     tiles_o = triton.cdiv(C, config.BLOCK_O)

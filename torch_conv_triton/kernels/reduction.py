@@ -32,6 +32,12 @@ def blocks_of(N: int, L_out: int, block: int) -> tuple[bool, int, int]:
     return flatten, per_sample, triton.cdiv(N * L_out, block) if flatten else N * per_sample
 
 
+def shares_of(blocks: int, splits: int) -> tuple[int, int]:
+    """(blocks of one split, splits): so many blocks in shares of one size, in fewer splits where some would get none."""
+    per_split = triton.cdiv(blocks, splits)
+    return per_split, triton.cdiv(blocks, per_split)
+
+
 @triton.jit
 def store_sums(
     tile,

@@ -22,7 +22,7 @@ from torch_conv_triton.kernels.common import (
     widen,
 )
 from torch_conv_triton.kernels.launch import launch
-from torch_conv_triton.kernels.reduction import block_positions, blocks_of, partial_sums, sum_partials
+from torch_conv_triton.kernels.reduction import block_positions, blocks_of, partial_sums, shares_of, sum_partials
 
 
 @triton.jit
@@ -236,8 +236,7 @@ def conv1d_weight_grad(
     N, C_out, L_out = grad_output.shape
     C_in = x.shape[1] // groups
     flatten, per_sample, blocks = blocks_of(N, L_out, config.BLOCK_L)
-    per_split = triton.cdiv(blocks, config.splits)
-    splits = triton.cdiv(blocks, per_split)
+    per_split, splits = shares_of(blocks, config.splits)
     partials = partial_sums(grad_weight, splits)
     bias_partials = None if grad_bias is None else partial_sums(grad_bias, splits)
     vector = gcd(L_out, *grad_output.stride()[:2], 16 // x.element_size()) if grad_output.stride(2) == 1 else 1

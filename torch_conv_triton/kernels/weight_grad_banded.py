@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torch_conv_triton.kernels.common import dot_precision, interpreted, needs_int64, widen
 from torch_conv_triton.kernels.launch import launch, workspace
-from torch_conv_triton.kernels.reduction import sum_partials
+from torch_conv_triton.kernels.reduction import shares_of, sum_partials
 
 
 @triton.jit(do_not_specialize=["N", "blocks", "blocks_per_sample", "blocks_per_split", "tiles_o"])
@@ -107,8 +107,7 @@ def conv1d_weight_grad_banded(
     rows, shift = K + R - 1, -padding % R
     per_sample = triton.cdiv(L_out, config.BLOCK_L)
     blocks = N * per_sample
-    per_split = triton.cdiv(blocks, config.splits)
-    splits = triton.cdiv(blocks, per_split)
+    per_split, splits = shares_of(blocks, config.splits)
     partials = workspace((splits, C_out, rows, R), torch.float32, x.device)
     bias_partials = None if grad_bias is None else workspace((splits, C_out), torch.float32, x.device)
     tiles_o = triton.cdiv(C_out, config.BLOCK_O)

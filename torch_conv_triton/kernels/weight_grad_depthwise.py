@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_conv_triton.kernels.common import needs_int64, widen
 from torch_conv_triton.kernels.launch import launch
-from torch_conv_triton.kernels.reduction import block_positions, blocks_of, partial_sums, sum_partials
+from torch_conv_triton.kernels.reduction import block_positions, blocks_of, partial_sums, shares_of, sum_partials
 
 
 @triton.jit(do_not_specialize=["N", "blocks", "blocks_per_sample", "blocks_per_split", "tiles_o", "tiles_k"])
@@ -116,8 +116,7 @@ def conv1d_weight_grad_depthwise(
     N, C_out, L_out = grad_output.shape
     K = grad_weight.shape[2]
     flatten, per_sample, blocks = blocks_of(N, L_out, config.BLOCK_L)
-    per_split = triton.cdiv(blocks, config.splits)
-    splits = triton.cdiv(blocks, per_split)
+    per_split, splits = shares_of(blocks, config.splits)
     partials = partial_sums(grad_weight, splits)
     bias_partials = None if grad_bias is None else partial_sums(grad_bias, splits)
     tiles_o, tiles_k = triton.cdiv(C_out, config.BLOCK_O), triton.cdiv(K, config.BLOCK_C)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_conv_triton.kernels.common import dot_tile, split_program, widen
 from torch_conv_triton.kernels.launch import descriptor, launch
-from torch_conv_triton.kernels.reduction import partial_sums, sum_partials
+from torch_conv_triton.kernels.reduction import partial_sums, shares_of, sum_partials
 
 
 @triton.jit(do_not_specialize=["blocks", "blocks_per_split", "tiles_o", "tiles_c"])
@@ -72,14 +72,14 @@ def product_of_blocks(
     """
     C_out, columns = grad_weight.shape[0] // groups, grad_weight[0].numel()
     blocks = triton.cdiv(x.shape[1] if channels_first else x.shape[0], config.BLOCK_L)
-    per_split = triton.cdiv(blocks, config.splits)
-    partials = partial_sums(grad_weight, triton.cdiv(blocks, per_split))
+    per_split, splits = shares_of(blocks, config.splits)
+    partials = partial_sums(grad_weight, splits)
     tiles_o, tiles_c = triton.cdiv(C_out, config.BLOCK_O), triton.cdiv(columns, config.BLOCK_C)
     blocks_of = [[config.BLOCK_L, channels] for channels in (config.BLOCK_O, config.BLOCK_C)]
     dy_block, x_block = (block[::-1] if channels_first else block for block in blocks_of)
     launch(
         product_of_blocks_kernel,
-        (tiles_c * tiles_o * groups * partials.shape[0],),
+        (tiles_c * tiles_o * groups * splits,),
         descriptor(grad_output, list(grad_output.shape), list(grad_output.stride()), dy_block),
         descriptor(x, list(x.shape), list(x.stride()), x_block),
         partials,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torch_conv_triton.kernels.common import OFFSET_LIMIT, dot_tile, needs_int64, round_tf32, split_program, widen
 from torch_conv_triton.kernels.launch import launch, workspace
-from torch_conv_triton.kernels.reduction import partial_sums, sum_partials
+from torch_conv_triton.kernels.reduction import partial_sums, shares_of, sum_partials
 from torch_conv_triton.kernels.weight_grad_pointwise import product_of_blocks
 
 
@@ -210,8 +210,7 @@ def conv1d_weight_grad_rows(
         matrices = dy_rows.view(C_out, dy_row), x_rows.view(-1, x_row)
         partials = product_of_blocks(*matrices, grad_weight, groups, True, "tf32", config)
     else:
-        per_split = triton.cdiv(blocks, config.splits)
-        splits = triton.cdiv(blocks, per_split)
+        per_split, splits = shares_of(blocks, config.splits)
         partials = partial_sums(grad_weight, splits)
         tiles_o = triton.cdiv(C_out // groups, config.BLOCK_O)
         tiles_c = triton.cdiv(C_in * K, config.BLOCK_C)

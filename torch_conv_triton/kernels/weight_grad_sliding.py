@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_conv_triton.kernels.common import needs_int64, widen
 from torch_conv_triton.kernels.launch import launch
-from torch_conv_triton.kernels.reduction import partial_sums, sum_partials
+from torch_conv_triton.kernels.reduction import partial_sums, shares_of, sum_partials
 
 
 @triton.jit(do_not_specialize=["tiles_l", "blocks", "blocks_per_split", "tiles_o"])
@@ -100,8 +100,7 @@ def conv1d_weight_grad_sliding(
     K = grad_weight.shape[2]
     tiles_l, tiles_o = triton.cdiv(L_out, config.BLOCK_L), triton.cdiv(C, config.BLOCK_O)
     blocks = N * tiles_l
-    per_split = triton.cdiv(blocks, config.splits)
-    splits = triton.cdiv(blocks, per_split)
+    per_split, splits = shares_of(blocks, config.splits)
     partials = partial_sums(grad_weight, splits)
     bias_partials = None if grad_bias is None else partial_sums(grad_bias, splits)
     launch(
