@@ -39,6 +39,8 @@ FAMILIES = {
         Config(64, 64, 32, tap_major=True, copy_to_nlc=True),
     ),
     "dense_few_outputs": (Case("few_outputs", 2, 9, 61, 3, 7, padding=3), "NCL", None),
+    "dense_frames": (Case("filterbank", 2, 1, 300, 40, 40, stride=16, padding=20), "NCL", None),
+    "dense_frames_beside_a_tile": (Case("filterbank", 2, 1, 304, 33, 32, stride=8), "NCL", Config(16, 32, 32, tap_major=True)),
     "dense_runs": (Case("runs", 2, 32, 61, 24, 20, padding=9, groups=2), "NCL", None),
     "dense_runs_over_samples": (
         Case("runs", 3, 16, 21, 24, 12, padding=5),

@@ -54,6 +54,7 @@ CHOICES = {
     "first layer of a codec": (problem((12, 1, 16758), 64, 7, padding=3), "dense_few_inputs"),
     "raw audio, odd rows of y": (problem((16, 1, 160000), 512, 10, stride=5, dtype=FP16), "dense_skewed"),
     "filter bank": (problem((32, 1, 321024), 513, 1024, stride=320, bias=False), "dense_frames"),
+    "speech, windows of 250 samples": (problem((16, 1, 160000), 250, 250, stride=160, padding=45), "dense_frames"),
     "strided encoder": (ENCODER, "dense_tma"),
     "32 channels in bf16, NLC": (problem((16, 32, 131072), 32, 7, padding=9, dilation=3, dtype=BF16, layout="NLC"), "dense_tma"),
     "vocoder": (problem((8, 32, 153600), 32, 7, padding=9, dilation=3), "dense_halo"),

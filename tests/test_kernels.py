@@ -177,12 +177,14 @@ def test_sums_over_channels_in_registers(length, dtype, channels_side_by_side):
     check_case(case, lambda x, w, b: execute.forward_with(plan, problem, x, w, b), dtype)
 
 
-# of 33 channels one is beyond the tiles, of 60 a tile is not full; windows reach beyond x, or samples start off 16 bytes
+# of 33 channels one is beyond the tiles, of 60 a tile is not full; windows reach beyond x, samples or weights start off 16 bytes
 FILTERS = (
     Case("one_channel_left", 3, 1, 320, 33, 32, stride=8),
     Case("a_tile_left", 2, 1, 304, 60, 64, stride=16, bias=False),
     Case("padded", 2, 1, 300, 50, 64, stride=16, padding=20),
     Case("samples_off_vectors", 2, 1, 302, 20, 32, stride=16),
+    Case("a_slice_of_taps_left", 2, 1, 304, 33, 40, stride=16),
+    Case("weights_off_vectors", 2, 1, 300, 50, 37, stride=8, padding=20),
 )
 
 

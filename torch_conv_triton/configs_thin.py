@@ -159,7 +159,7 @@ def runs_config(problem: Conv1dProblem, device: Device) -> Config:
     config = Config(
         128,
         min(256, max(64, ceil_pow2(4 * problem.C_out_per_group))),
-        64 if narrow else 32,
+        min(64 if narrow else 32, 1 << (problem.K.bit_length() - 1)),
         num_warps=8,
         num_stages=3,
         tap_major=True,
@@ -177,27 +177,26 @@ def _frames_refusal(problem: Conv1dProblem, device: Device, config: Config) -> s
         return "a window is not one row of memory"
     if problem.dtype == torch.float32 and problem.precision == "ieee":
         return "full float32 is split in registers, where a block copy has no gain"
-    vector = vector_length(problem)
-    if problem.stride % vector or problem.w_strides[0] % vector or not problem.aligned:
-        return "windows or weights do not start on 16 bytes"
-    if config.BLOCK_K < 16 or problem.K % config.BLOCK_K:
-        return "the taps are not a multiple of 16"
+    if problem.stride % vector_length(problem) or not problem.aligned:
+        return "windows do not start on 16 bytes"
+    if config.BLOCK_K < 16:
+        return "the taps do not fill a slice of the reduction"
     return None
 
 
 def _prefers_frames(problem: Conv1dProblem) -> bool:
     # p30 0.190 [0.271]
-    return problem.flops > 2e9 and problem.C_out >= 64
+    return problem.flops > 1e9 and problem.C_out >= 64
 
 
 def frames_config(problem: Conv1dProblem, device: Device) -> Config:
-    """The tile of a product with many channels. BLOCK_K is a power of two that divides the taps."""
+    """The tile of a product with many channels."""
     narrow = problem.dtype.itemsize == 2
-    wide = problem.C_out >= 256
+    wide = problem.C_out > 192
     config = Config(
         128,
         256 if wide else min(128, max(16, ceil_pow2(problem.C_out))),
-        min(64 if narrow else 32, problem.K & -problem.K),
+        min(64 if narrow else 32, 1 << (problem.K.bit_length() - 1)),
         num_warps=8 if wide or device.capability >= 100 else 4,
         num_stages=3 if narrow else 4,
         tap_major=True,

@@ -46,6 +46,7 @@ ATEN = ("aten", "aten_nhwc")
 FUSING = (
     "dense",
     "dense_few_outputs",
+    "dense_frames",
     "dense_halo",
     "dense_persistent",
     "dense_runs",

@@ -192,7 +192,7 @@ def launch_kernel(
     elif plan.kernel == "dense_frames":
         from torch_conv_triton.kernels.dense_frames import conv1d_dense_frames
 
-        conv1d_dense_frames(x, weight, bias, y, p.stride, padding, tf32, config)
+        conv1d_dense_frames(x, weight, bias, y, p.stride, padding, tf32, config, fusion)
     elif plan.kernel == "dense_runs":
         from torch_conv_triton.kernels.dense_runs import conv1d_dense_runs
 

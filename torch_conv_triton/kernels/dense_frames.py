@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_conv_triton.kernels.common import dot_precision, dot_tile, needs_int64, round_tf32, widen
-from torch_conv_triton.kernels.epilogue import NO_FUSION, store_tile
+from torch_conv_triton.kernels.epilogue import NO_FUSION, Fusion, store_tile
 from torch_conv_triton.kernels.launch import descriptor, launch, workspace
 from torch_conv_triton.kernels.weight_matrix import weight_matrix
 
@@ -105,7 +105,7 @@ def conv1d_dense_frames_fwd_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     narrow = tl.zeros((BLOCK_M, max(NARROW, 1)), dtype=tl.float32)
-    for i in range(0, K // BLOCK_K):
+    for i in range(0, tl.cdiv(K, BLOCK_K)):  # both matrices are zero beyond their last tap
         x = x_desc.load([sample, tile_m * BLOCK_M, i * BLOCK_K]).reshape(BLOCK_M, BLOCK_K)
         if ROUND_X:
             x = round_tf32(x)
@@ -138,11 +138,19 @@ def conv1d_dense_frames_fwd_kernel(
 
 
 def conv1d_dense_frames(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, stride: int, padding: int, tf32: bool, config
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    stride: int,
+    padding: int,
+    tf32: bool,
+    config,
+    fusion: Fusion = NO_FUSION,
 ) -> None:
     """Write the convolution of x ``(N, 1, L_in)`` with weight ``(C_out, 1, K)`` into y ``(N, C_out, L_out)``, any strides.
 
-    `stride` is a multiple of 16 bytes, BLOCK_K divides K. With `copy_to_nlc`, or where windows reach beyond x or do not start on
+    `stride` is a multiple of 16 bytes. With `copy_to_nlc`, or where windows reach beyond x or do not start on
     16 bytes, x is copied, rounded to TF32 if `tf32`. `padding` is that before x.
     """
     C_out, _, K = weight.shape
@@ -151,8 +159,14 @@ def conv1d_dense_frames(
     within = padding == 0 and (L_out - 1) * stride + K <= L_in
     copied = config.copy_to_nlc or not within or x.stride(2) != 1 or (N > 1 and x.stride(0) * x.element_size() % 16 != 0)
     # samples of the copy, too, begin at whole vectors: at multiples of the stride
-    rows = padded_copy(x, padding, (L_out + triton.cdiv(K, stride) - 1) * stride, rounded=tf32) if copied else x
-    w, stride_wo, _ = weight_matrix(weight.transpose(1, 2), tap_major=True, rounded=tf32)
+    rows = (
+        padded_copy(x, padding, (L_out + triton.cdiv(K, stride) - 1) * stride, rounded=tf32 and not fusion.rounded)
+        if copied
+        else x
+    )
+    vector = 16 // weight.element_size()
+    taps = triton.cdiv(K, vector) * vector
+    w, stride_wo, _ = weight_matrix(weight.transpose(1, 2), tap_major=True, rounded=tf32, channels=taps, aligned=True)
     x_desc = descriptor(rows, [N, L_out, K], [rows.stride(0), stride, 1], [1, config.BLOCK_M, config.BLOCK_K])
     w_desc, narrow_desc = (descriptor(w, [C_out, K], [stride_wo, 1], [n, config.BLOCK_K]) for n in (config.BLOCK_N, NARROW))
     # channels beyond the last whole tile, if few, are shared among the programs instead of a tile that is mostly empty
@@ -176,11 +190,11 @@ def conv1d_dense_frames(
         tiles_n,
         K=K,
         NARROW=narrow,
-        ROUND_X=tf32 and not copied,
+        ROUND_X=tf32 and not (copied or fusion.rounded),
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,
-        **NO_FUSION.arguments(y),
-        INT64=needs_int64(y),
+        **fusion.arguments(y),
+        INT64=needs_int64(y, *fusion.views(y)),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
