@@ -102,6 +102,7 @@ WORKLOADS += (
     Workload("gated_conformer", (16, 1024, 375), (2048, 1024, 1), BF16, nlc=True, gated=True),
     Workload("gated_conformer_channels_first", (16, 512, 375), (1024, 512, 1), BF16, gated=True),
     Workload("gated_3_taps", (16, 512, 2000), (1024, 512, 3), BF16, nlc=True, gated=True),
+    Workload("letters_first_layer", (16, 1, 160000), (250, 1, 250), FP32, stride=160, padding=45, fused=True),
     Workload("codec_rounded_192_channels", (4, 192, 110080), (192, 192, 7), FP32, padding=3, nlc=True, rounded=True),
 )
 

@@ -185,20 +185,21 @@ def _frames_refusal(problem: Conv1dProblem, device: Device, config: Config) -> s
 
 
 def _prefers_frames(problem: Conv1dProblem) -> bool:
-    # p30 0.190 [0.271]
-    return problem.flops > 1e9 and problem.C_out >= 64
+    # p30 0.158 [0.267]; 1 -> 250 K250 stride 160 of 16 x 160000 0.021 [0.106], in bfloat16 0.014 [0.086]; 1 -> 402 K400 0.107
+    # [0.239]; 1 -> 64 K321 stride 80 of 32 x 64000 0.019 [0.124]; but 1 -> 256 K20 stride 8 of 16 x 32000 0.034 [0.029]
+    return problem.flops > 1e9 and problem.C_out >= 64 and problem.K >= 64
 
 
 def frames_config(problem: Conv1dProblem, device: Device) -> Config:
-    """The tile of a product with many channels."""
+    """1 -> 402 K400 of 16 x 480000 in float32: in 8 warps 0.107, as 128x256x32 0.117; in float16 in 4 warps 0.063, in 8 0.064."""
     narrow = problem.dtype.itemsize == 2
-    wide = problem.C_out > 192
+    BLOCK_N = min(128, max(16, ceil_pow2(problem.C_out)))
     config = Config(
         128,
-        256 if wide else min(128, max(16, ceil_pow2(problem.C_out))),
+        BLOCK_N,
         min(64 if narrow else 32, 1 << (problem.K.bit_length() - 1)),
-        num_warps=8 if wide or device.capability >= 100 else 4,
-        num_stages=3 if narrow else 4,
+        num_warps=8 if device.capability >= 100 or (BLOCK_N == 128 and not narrow) else 4,
+        num_stages=3,
         tap_major=True,
         copy_to_nlc=not narrow,
     )

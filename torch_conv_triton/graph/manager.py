@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
-from functools import cache, partial
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,16 @@ from typing import Any
 import torch
 from torch._inductor import custom_graph_pass, lowering
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 import torch_conv_triton
 from torch_conv_triton import dispatch
 from torch_conv_triton.graph.ahead import COMPUTE, compile_ahead
 from torch_conv_triton.graph.backward import split_backward
 from torch_conv_triton.graph.chain import join_chains
-from torch_conv_triton.graph.convolution import aten, static_problems
+from torch_conv_triton.graph.convolution import static_problems
 from torch_conv_triton.graph.direct import call_directly
 from torch_conv_triton.graph.fold import fold
-from torch_conv_triton.graph.host_bound import left_to_aten
 from torch_conv_triton.graph.layout import choose_layouts
 from torch_conv_triton.graph.prologue import fold_prologues
 from torch_conv_triton.graph.report import ConvRecord, Recorder
@@ -97,36 +95,19 @@ class ConvolutionPass(CustomGraphPass):
         _declare_operators()
 
     def _steps(self, graph: Graph, module_names: Mapping[str, str]) -> Iterator[ConvRecord]:
-        left = left_to_aten(graph, partial(self._chained, graph))
-        records = self._rewrite(graph, module_names, left)
-        ordered = [node for node in graph.nodes if node in records]
-        if self.options.chain:
-            join_chains(graph, records)
-        yield from (records[node] for node in ordered)
-        if self.options.gradients:
-            yield from split_backward(graph, module_names)
-
-    def _rewrite(self, graph: Graph, module_names: Mapping[str, str], left: Collection[Node] = ()) -> dict[Node, ConvRecord]:
-        """Rewrite the forward convolutions but those left to aten, and choose what they compute and how they store it."""
-        records = rewrite_convolutions(graph, module_names, left)
+        records = rewrite_convolutions(graph, module_names)
         if self.options.fold:
             fold(graph, records)
         if self.options.layout:
             choose_layouts(graph, records)
         if self.options.fold:
             fold_prologues(graph, records)
-        return records
-
-    def _chained(self, graph: Graph) -> set[Node]:
-        """The convolutions of the graph that would be in chains if none were left to aten, tried out on a copy."""
-        if not self.options.chain:
-            return set()
-        trial = deepcopy(graph)
-        for original, node in zip(graph.nodes, trial.nodes, strict=True):
-            if original.target is aten.convolution.default:
-                # the calls that stand in for it inherit this
-                node.meta["original"] = original
-        return {node.meta["original"] for node in join_chains(trial, self._rewrite(trial, {}))}
+        ordered = [node for node in graph.nodes if node in records]
+        if self.options.chain:
+            join_chains(graph, records)
+        yield from (records[node] for node in ordered)
+        if self.options.gradients:
+            yield from split_backward(graph, module_names)
 
     def uuid(self) -> tuple[str, ...] | None:
         """What the rewritten graph depends on beside the graph itself."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -10,15 +10,12 @@ from torch.fx import Graph, Node
 
 from torch_conv_triton import dispatch
 from torch_conv_triton.graph.convolution import Convolution, aten, convolutions, is_contiguous, read, reason_to_keep, value
-from torch_conv_triton.graph.host_bound import REASON
 from torch_conv_triton.graph.report import ConvRecord, module_of
 from torch_conv_triton.versus_aten import launch_bound
 
 
-def rewrite_convolutions(
-    graph: Graph, module_names: Mapping[str, str], left_to_aten: Collection[Node] = ()
-) -> dict[Node, ConvRecord]:
-    """Rewrite every 1-D convolution of the graph that our operators can stand in for, but for those that are left to aten.
+def rewrite_convolutions(graph: Graph, module_names: Mapping[str, str]) -> dict[Node, ConvRecord]:
+    """Rewrite every 1-D convolution of the graph that our operators can stand in for.
 
     Returns what happened to each, by the node that it is now. `module_names` gives the name of a module by its id, as `module_of`
     takes it.
@@ -28,7 +25,7 @@ def rewrite_convolutions(
         # what it reads may have been rewritten by now
         conv = read(node)
         problem, plan, call = conv.problem(), conv.plan(), node
-        reason = _reason_to_keep(conv) or (REASON if node in left_to_aten else None)
+        reason = _reason_to_keep(conv)
         if reason is None:
             # where aten is the faster without a bias, a separate addition fuses into the pointwise operators that follow, as
             # it does in Inductor; our kernels add a bias for nothing

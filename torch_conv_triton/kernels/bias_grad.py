@@ -29,6 +29,7 @@ def conv1d_bias_grad_kernel(
     INT64: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     o = (pid % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -39,7 +40,7 @@ def conv1d_bias_grad_kernel(
     o_mask = o < C
     channels = (widen(o, INT64) * stride_dc)[None, :]
     acc = tl.zeros((BLOCK_L, BLOCK_O), tl.float32)
-    for b in range(first, last):
+    for b in tl.range(first, last, num_stages=STAGES):
         n, at, row_mask = block_positions(b, last, N, L, blocks_per_sample, FLATTEN, INT64, BLOCK_L)
         if FLATTEN:
             rows = (dy_ptr + n * stride_dn)[:, None]
@@ -79,6 +80,7 @@ def conv1d_bias_grad(grad_output: Tensor, grad_bias: Tensor, config) -> None:
         INT64=needs_int64(grad_output),
         BLOCK_O=config.BLOCK_O,
         BLOCK_L=config.BLOCK_L,
+        STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
     if splits > 1:
