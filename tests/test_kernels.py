@@ -183,6 +183,7 @@ FILTERS = (
     Case("a_tile_left", 2, 1, 304, 60, 64, stride=16, bias=False),
     Case("padded", 2, 1, 300, 50, 64, stride=16, padding=20),
     Case("samples_off_vectors", 2, 1, 302, 20, 32, stride=16),
+    Case("a_sample_off_vectors", 1, 1, 302, 20, 32, stride=16),
     Case("a_slice_of_taps_left", 2, 1, 304, 33, 40, stride=16),
     Case("weights_off_vectors", 2, 1, 300, 50, 37, stride=8, padding=20),
 )
@@ -254,7 +255,7 @@ def test_full_float32_where_the_switch_asks_for_it(case):
         run_every_plan(case, torch.float32, "NCL")
 
 
-@pytest.mark.parametrize("case", named("dense", "grouped", "transposed"), ids=str)
+@pytest.mark.parametrize("case", named("dense", "grouped", "transposed", "filterbank"), ids=str)
 def test_tf32_rounds_operands_to_nearest(case):
     x, weight, bias = make_inputs(case, torch.float32)
     problem = case.problem(x, weight, bias)

@@ -159,7 +159,7 @@ def runs_config(problem: Conv1dProblem, device: Device) -> Config:
     config = Config(
         128,
         min(256, max(64, ceil_pow2(4 * problem.C_out_per_group))),
-        min(64 if narrow else 32, 1 << (problem.K.bit_length() - 1)),
+        64 if narrow else 32,
         num_warps=8,
         num_stages=3,
         tap_major=True,

@@ -150,8 +150,8 @@ def conv1d_dense_frames(
 ) -> None:
     """Write the convolution of x ``(N, 1, L_in)`` with weight ``(C_out, 1, K)`` into y ``(N, C_out, L_out)``, any strides.
 
-    `stride` is a multiple of 16 bytes. With `copy_to_nlc`, or where windows reach beyond x or do not start on
-    16 bytes, x is copied, rounded to TF32 if `tf32`. `padding` is that before x.
+    `stride` is a multiple of 16 bytes. With `copy_to_nlc`, or where windows reach beyond x or do not start on 16 bytes, x is
+    copied, rounded to TF32 if `tf32`. `padding` is that before x.
     """
     C_out, _, K = weight.shape
     N, _, L_in = x.shape
@@ -167,7 +167,9 @@ def conv1d_dense_frames(
     vector = 16 // weight.element_size()
     taps = triton.cdiv(K, vector) * vector
     w, stride_wo, _ = weight_matrix(weight.transpose(1, 2), tap_major=True, rounded=tf32, channels=taps, aligned=True)
-    x_desc = descriptor(rows, [N, L_out, K], [rows.stride(0), stride, 1], [1, config.BLOCK_M, config.BLOCK_K])
+    # a single sample may have any length
+    between = rows.stride(0) if N > 1 else stride
+    x_desc = descriptor(rows, [N, L_out, K], [between, stride, 1], [1, config.BLOCK_M, config.BLOCK_K])
     w_desc, narrow_desc = (descriptor(w, [C_out, K], [stride_wo, 1], [n, config.BLOCK_K]) for n in (config.BLOCK_N, NARROW))
     # channels beyond the last whole tile, if few, are shared among the programs instead of a tile that is mostly empty
     tiles_n = C_out // config.BLOCK_N
