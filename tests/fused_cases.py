@@ -60,6 +60,12 @@ FAMILIES = {
         "NLC",
         Config(64, 64, 32, tap_major=True, TAIL_N=32),
     ),
+    "dense_tma_pointwise": (Case("dense", 2, 128, 69, 128, 1), "NLC", Config(32, 128, 64, num_stages=2, tap_major=True)),
+    "dense_tma_pointwise_in_two_parts": (
+        Case("dense", 2, 96, 69, 96, 1),
+        "NLC",
+        Config(64, 64, 32, num_stages=2, tap_major=True, TAIL_N=32),
+    ),
     "transposed": (Case("transposed", 2, 16, 20, 24, 5, stride=3, padding=2, transposed=True, output_padding=1), "NCL", None),
     "transposed_interleaved": (Case("transposed", 2, 16, 50, 20, 4, stride=2, padding=1, transposed=True), "NCL", None),
     "transposed_interleaved_row_by_row": (Case("by_row", 2, 512, 9, 5, 8, stride=3, padding=2, transposed=True), "NCL", None),

@@ -95,6 +95,7 @@ CHOICES = {
         problem((32, 512, 750), 512, 31, padding=30, dilation=2, groups=512, dtype=FP16),
         "depthwise_toeplitz",
     ),
+    "gradient of a pointwise one, odd rows": (problem((16, 512, 3999), 128, 1, bias=False, transposed=True), "dense"),
     "many channels upsampled": (problem((8, 512, 860), 256, 16, stride=8, padding=4, transposed=True), "transposed_tma"),
     "many channels upsampled, taps left over": (problem((2, 1024, 1024), 512, 16, stride=5, transposed=True), "aten"),
     "many products": (problem((4, 768, 3440), 768, 7, padding=3, bias=False), "dense_tma"),
@@ -302,7 +303,8 @@ HALF = [
 @pytest.mark.parametrize(
     "found, alone, beside",
     [
-        (POINTWISE, "128x128x32 w4 s3", "64x64x32 w4 s3"),
+        (POINTWISE, "128x128x32 w4 s3", "32x128x64 w4 s2"),
+        (rounded((4, 192, 110080), 192, 1), "128x128x32 w4 s4", "64x64x32 w4 s3"),
         (SHORT, "128x128x32 w4 s3", "64x128x32 w4 s4"),
         (LONG, "128x128x32 w4 s3", "128x128x32 w8 s4"),
         (FIRST, "256x64x64 w8 s7 weights_left prefetch", "128x64x64 w8 s7 prefetch"),
@@ -325,6 +327,19 @@ def test_a_residual_and_a_second_output_make_tiles_smaller(found, alone, beside)
     plans = [dispatch.fused_plan(found, H200, tiles_beside) for tiles_beside in (False, True)]
     assert [str(plan.config).removesuffix(" tap_major") for plan in plans] == [alone, beside]
     assert all(dispatch.plan_refusal(plan, found, H200) is None for plan in plans)
+
+
+@pytest.mark.parametrize(("channels", "tile"), [(96, (64, 64, 32)), (128, (32, 128, 0)), (192, None)])
+def test_a_pointwise_convolution_that_moves_memory_copies_blocks_for_all_of_its_channels(channels, tile):
+    def chosen(problem, beside=True, **how):
+        plan = dispatch.fused_plan(problem, H200, beside, **how)
+        return (plan.config.BLOCK_M, plan.config.BLOCK_N, plan.config.TAIL_N) if plan.kernel == "dense_tma" else None
+
+    found = rounded((4, channels, 110080), channels, 1)
+    assert chosen(found) == tile
+    for other in (replace(found, L_in=256), replace(found, rounded=False), rounded((4, 512, 110080), channels, 1)):
+        assert chosen(other) != tile or tile is None
+    assert chosen(found, halves=True) != tile or tile is None
 
 
 def test_tiles_of_two_parts_are_for_many_products_of_block_copies():

@@ -28,16 +28,31 @@ TWO_PARTS = {
     },
 }
 
+# Tiles of pointwise convolutions beside tiles of operands or of a second output, by output channels. With Snake and a residual,
+# both values stored, 96 channels of 4 x 220160 367, gathered as 64x64x32 485; 128 of 4 x 110080 248 and 284; 192 425 and 405.
+POINTWISE = {
+    96: Config(64, 64, 32, num_warps=4, num_stages=2, tap_major=True, TAIL_N=32),
+    128: Config(32, 128, 64, num_warps=4, num_stages=2, tap_major=True),
+}
 
-def in_two_parts(problem: Conv1dProblem, device: Device, beside: bool) -> Config | None:
-    """A tile of `dense_tma` whose two parts are all output channels, where that is faster than filling up to a power of two.
+
+def of_all_channels(problem: Conv1dProblem, device: Device, beside: bool) -> Config | None:
+    """A tile of `dense_tma` that is all output channels, in two parts where they are no power of two, if that is the faster.
 
     `beside`: as in `fused_choice`.
     """
-    config = TWO_PARTS[problem.dtype.itemsize].get(problem.C_out_per_group)
-    if config is None or problem.transposed or problem.K == 1 or device.capability != 90:
+    if problem.transposed or device.capability != 90:
         return None
     channels = problem.C_in_per_group
+    if problem.K == 1:
+        measured = beside and problem.dtype.itemsize == 4 and problem.groups == 1 and channels in (96, 128)
+        config = POINTWISE.get(problem.C_out_per_group) if measured else None
+        if config is None or problem.N * problem.L_out < 8 * config.BLOCK_M * device.sm_count:
+            return None
+        return replace(config, BLOCK_K=channel_block(problem, config.BLOCK_K))
+    config = TWO_PARTS[problem.dtype.itemsize].get(problem.C_out_per_group)
+    if config is None:
+        return None
     if channels % 32 or channels * problem.K < 512 or problem.L_out < config.BLOCK_M or problem.flops < 2e9:
         return None
     tiles = problem.groups * problem.N * -(-problem.L_out // config.BLOCK_M)

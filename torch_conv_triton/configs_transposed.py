@@ -83,6 +83,9 @@ def copies_transposed(problem: Conv1dProblem, weave: Weave) -> bool:
     if _columns(problem, weave) < WIDEST:
         # little is computed from what is copied: 512 -> 1 K16 s8 0.114 against 0.066
         return False
+    if problem.K == 1 and problem.dtype.itemsize == 4:
+        # nor here: 512 -> 128 of 16 x 3999 0.130 against 0.076
+        return False
     if problem.dtype.itemsize == 2:
         # block copies against x: 128 -> 64 K4 s2 bf16 0.165 and 0.178, 192 -> 96 K4 s2 bf16 0.303 and 0.413
         return problem.layout != "NLC" and channels >= 128

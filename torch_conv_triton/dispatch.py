@@ -24,7 +24,7 @@ from torch_conv_triton.configs import (
     tma_config,
 )
 from torch_conv_triton.configs_depthwise import bands_refusal, depthwise_choices, skewed_refusal, toeplitz_refusal
-from torch_conv_triton.configs_fused import fused_choice, in_two_parts
+from torch_conv_triton.configs_fused import fused_choice, of_all_channels
 from torch_conv_triton.configs_halo import halo_config, halo_refusal, halo_wins
 from torch_conv_triton.configs_thin import THIN, thin_choices, thin_refusal
 from torch_conv_triton.configs_transposed import (
@@ -296,9 +296,9 @@ def fused_plan(problem: Conv1dProblem, device: Device | None, beside: bool = Fal
         found = next(candidate for candidate in reversed(candidates(problem, device)) if candidate.kernel in fusing)
     if not found.tuned and (problem.rounded or problem.dtype.itemsize == 2):
         kernel, config = fused_choice(found.kernel, found.config, problem, beside)
-        parts = None if halves or kernel not in HALVING else in_two_parts(problem, device, beside)
-        if parts and not plan_refusal(Plan("dense_tma", parts, ""), problem, device):
-            kernel, config = "dense_tma", parts
+        whole = None if halves or kernel not in HALVING else of_all_channels(problem, device, beside)
+        if whole and not plan_refusal(Plan("dense_tma", whole, ""), problem, device):
+            kernel, config = "dense_tma", whole
         if kernel != found.kernel:
             found = next(candidate for candidate in candidates(problem, device) if candidate.kernel == kernel)
         if config != found.config:
