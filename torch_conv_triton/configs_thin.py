@@ -11,7 +11,7 @@ from math import gcd
 import torch
 
 from torch_conv_triton.configs import Config, Device, config_refusal, fit
-from torch_conv_triton.problem import Conv1dProblem, ceil_pow2
+from torch_conv_triton.problem import INT32_MAX, Conv1dProblem, ceil_pow2
 
 THIN = ("dense_skewed", "dense_runs", "dense_frames", "dense_few_inputs", "dense_few_outputs")
 # elements of x, or of the weight, that a thread holds
@@ -177,10 +177,13 @@ def _frames_refusal(problem: Conv1dProblem, device: Device, config: Config) -> s
         return "a window is not one row of memory"
     if problem.dtype == torch.float32 and problem.precision == "ieee":
         return "full float32 is split in registers, where a block copy has no gain"
-    if problem.stride % vector_length(problem) or not problem.aligned:
+    vector = vector_length(problem)
+    if problem.stride % vector or not problem.aligned:
         return "windows do not start on 16 bytes"
     if config.BLOCK_K < 16:
         return "the taps do not fill a slice of the reduction"
+    if problem.C_out * -(-problem.K // vector) * vector > INT32_MAX:
+        return "the weight has 2^31 elements or more when its rows are padded"
     return None
 
 
@@ -191,14 +194,14 @@ def _prefers_frames(problem: Conv1dProblem) -> bool:
 
 
 def frames_config(problem: Conv1dProblem, device: Device) -> Config:
-    """1 -> 402 K400 of 16 x 480000 in float32: in 8 warps 0.107, as 128x256x32 0.117; in float16 in 4 warps 0.063, in 8 0.064."""
+    """1 -> 402 K400 of 16 x 480000 in float32 0.107, as 128x256x32 0.117; in float16 0.064, in 4 warps, which spill, 0.063."""
     narrow = problem.dtype.itemsize == 2
     BLOCK_N = min(128, max(16, ceil_pow2(problem.C_out)))
     config = Config(
         128,
         BLOCK_N,
         min(64 if narrow else 32, 1 << (problem.K.bit_length() - 1)),
-        num_warps=8 if device.capability >= 100 or (BLOCK_N == 128 and not narrow) else 4,
+        num_warps=8 if device.capability >= 100 or BLOCK_N == 128 else 4,
         num_stages=3,
         tap_major=True,
         copy_to_nlc=not narrow,

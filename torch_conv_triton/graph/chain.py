@@ -22,12 +22,11 @@ CHAINS = (ops.conv1d_chain.one, ops.conv1d_chain.default)
 DEVICE_TYPES = ("cuda",)
 
 
-def join_chains(graph: Graph, records: dict[Node, ConvRecord]) -> list[Node]:
+def join_chains(graph: Graph, records: dict[Node, ConvRecord]) -> None:
     """Join convolutions of ours that read what others of them store, or read the same, with nothing else between them.
 
-    Returns the nodes that were joined, which are no longer in the graph; their records tell.
+    Their records, whose nodes are gone then, tell.
     """
-    gone = []
     ours = (node for node in before_writes(graph) if node in records and node.target in (*CONVOLUTIONS, *FUSED))
     calls = {node: OperatorCall.of(node) for node in ours}
     for chain in _chains(graph, {node: call for node, call in calls.items() if _is_joinable(call)}):
@@ -37,8 +36,6 @@ def join_chains(graph: Graph, records: dict[Node, ConvRecord]) -> list[Node]:
             words = [f"in a chain of {len(chain)}"] if len(chain) > 1 else []
             words += ["weight prepared once"] if _is_constant(calls[node].weight) else []
             records[node] = replace(records[node], folded=", ".join(filter(None, [records[node].folded, *words])))
-        gone += chain
-    return gone
 
 
 def _is_joinable(call: OperatorCall) -> bool:
