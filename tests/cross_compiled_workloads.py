@@ -73,7 +73,7 @@ WORKLOADS = (
     Workload("long_filters", (128, 32, 1000), (32, 32, 39), FP32, padding=19),
     Workload("long_filters_full_precision", (128, 32, 1000), (32, 32, 39), FP32, padding=19, full_precision=True),
     Workload("filterbank", (32, 1, 321024), (513, 1, 1024), FP32, stride=320),
-    Workload("filterbank_fp16", (32, 1, 321024), (400, 1, 640), FP16, stride=160),
+    Workload("filterbank_fp16", (32, 1, 321024), (400, 1, 640), FP16, stride=160, fused=True),
     Workload("first_layer", (12, 1, 16758), (64, 1, 7), FP32, padding=3),
     Workload("last_layer", (8, 32, 220160), (1, 32, 7), FP32, padding=3),
     Workload("last_layer_bf16", (8, 32, 220166), (2, 32, 7), BF16, padding=3),
@@ -102,7 +102,6 @@ WORKLOADS += (
     Workload("gated_conformer", (16, 1024, 375), (2048, 1024, 1), BF16, nlc=True, gated=True),
     Workload("gated_conformer_channels_first", (16, 512, 375), (1024, 512, 1), BF16, gated=True),
     Workload("gated_3_taps", (16, 512, 2000), (1024, 512, 3), BF16, nlc=True, gated=True),
-    Workload("letters_first_layer", (16, 1, 160000), (250, 1, 250), FP32, stride=160, padding=45, fused=True),
     Workload("codec_rounded_192_channels", (4, 192, 110080), (192, 192, 7), FP32, padding=3, nlc=True, rounded=True),
 )
 

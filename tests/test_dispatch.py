@@ -304,7 +304,7 @@ HALF = [
     "found, alone, beside",
     [
         (POINTWISE, "128x128x32 w4 s3", "32x128x64 w4 s2"),
-        (rounded((4, 192, 110080), 192, 1), "128x128x32 w4 s4", "64x64x32 w4 s3"),
+        (rounded((4, 192, 110080), 192, 1), "128x128x32 w8 s3", "64x64x32 w4 s3"),
         (SHORT, "128x128x32 w4 s3", "64x128x32 w4 s4"),
         (LONG, "128x128x32 w4 s3", "128x128x32 w8 s4"),
         (FIRST, "256x64x64 w8 s7 weights_left prefetch", "128x64x64 w8 s7 prefetch"),
