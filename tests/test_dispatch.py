@@ -8,6 +8,7 @@ import torch
 from torch_conv_triton import dispatch
 from torch_conv_triton.configs import INTERPRETER, Device
 from torch_conv_triton.configs_halo import HaloShape, halo_config, halo_refusal
+from torch_conv_triton.configs_thin import frames_config, thin_refusal
 from torch_conv_triton.configs_transposed import transposed_tma_config
 from torch_conv_triton.problem import Conv1dProblem, contiguous_strides, output_length
 from torch_conv_triton.weave import Weave
@@ -206,6 +207,35 @@ def test_a_weight_that_padding_takes_beyond_two_to_the_31_elements_is_refused():
     assert dispatch.refusal(large) is None
     assert dispatch.tma_refusal(replace(large, C_in=32), H200, config) is None
     assert "padded" in dispatch.tma_refusal(large, H200, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"C_in": 2}, "a window is not one row of memory"),
+        ({"dilation": 2}, "a window is not one row of memory"),
+        ({"precision": "ieee"}, "full float32 is split in registers, where a block copy has no gain"),
+        ({"stride": 318}, "windows do not start on 16 bytes"),
+        ({"aligned": False}, "windows do not start on 16 bytes"),
+        ({"K": 15}, "the taps do not fill a slice of the reduction"),
+        ({"K": 65, "C_out": 2**31 // 66}, "the weight has 2^31 elements or more when its rows are padded"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_windows_are_no_rows_of_a_matrix(change, words):
+    def refusal(problem, device=H200):
+        return thin_refusal("dense_frames", frames_config(problem, device), problem, device)
+
+    accepted = CHOICES["filter bank"][0]
+    assert refusal(accepted) is refusal(replace(accepted, K=1021)) is None
+    assert refusal(replace(accepted, **change)) == words
+    assert refusal(accepted, RTX4090) == "tensor descriptors need sm_90"
+
+
+@pytest.mark.parametrize("K", [8, 20, 128])
+def test_a_slice_of_a_run_spans_taps(K):
+    (config,) = (p.config for p in dispatch.candidates(problem((8, 32, 4000), 32, K), H200) if p.kernel == "dense_runs")
+    assert config.BLOCK_K == 32
 
 
 def test_a_transposed_convolution_of_stride_1_is_planned_as_the_plain_one_it_is():

@@ -43,6 +43,7 @@ LARGE = (
     Case("first_layer", 3, 1, 9001, 48, 7, padding=3),
     Case("raw_audio_odd_rows", 2, 1, 20001, 512, 10, stride=5),
     Case("filterbank_one_channel_over", 2, 1, 40000, 129, 256, stride=80, padding=128),
+    Case("filterbank_of_odd_windows", 1, 1, 40001, 129, 250, stride=80),
     Case("many_taps", 4, 64, 700, 64, 40, padding=20, groups=2),
     Case("depthwise_odd_rows", 2, 264, 1000, 264, 4, padding=3, groups=264),
 )
