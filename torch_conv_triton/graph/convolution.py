@@ -18,7 +18,6 @@ from torch_conv_triton.dispatch import Device, Plan
 from torch_conv_triton.problem import Conv1dProblem, contiguous_strides
 
 aten = torch.ops.aten
-MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 # torch 2.11 knows it by its older name; neither adds a guard
 size_hint = getattr(symbolic_shapes, "optimization_hint", None) or symbolic_shapes.size_hint

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from torch_conv_triton.epilogue import Argument, Builder, Operand, Output, Program, Value
 from torch_conv_triton.graph.call import CONVOLUTIONS, FUSED
-from torch_conv_triton.graph.convolution import MATRIX_PRODUCTS, aten, has_strides, value
+from torch_conv_triton.graph.convolution import aten, has_strides, value
 from torch_conv_triton.graph.halves import cut, cuts, half_of, is_glu
 from torch_conv_triton.graph.pointwise import FLOATS, is_pointwise, translate
 from torch_conv_triton.problem import contiguous_strides
@@ -36,7 +36,10 @@ READERS = (
     *FUSED,
     aten.convolution.default,
     aten.convolution_backward.default,
-    *MATRIX_PRODUCTS,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
 )
 VIEWS = (
     aten.permute.default,
