@@ -88,7 +88,7 @@ def test_every_kernel_runs_programs(name, dtype, first, only):
         first = "NCL"
     second = "NLC" if first == "NCL" else "NCL"
     x, weight, bias = make_inputs(case, dtype, layout)
-    rounded = kernel_of(name) == "dense_tma"
+    rounded = kernel_of(name) in ("dense_frames", "dense_tma")
     if rounded and dtype == torch.float32:
         x = nearest_tf32(x)
     N, C, L = case.output_shape

@@ -179,7 +179,7 @@ def _frames_refusal(problem: Conv1dProblem, device: Device, config: Config) -> s
         return "full float32 is split in registers, where a block copy has no gain"
     vector = vector_length(problem)
     if problem.stride % vector or not problem.aligned:
-        return "windows do not start on 16 bytes"
+        return "windows, x or the weight do not start on 16 bytes"
     if config.BLOCK_K < 16:
         return "the taps do not fill a slice of the reduction"
     if problem.C_out * -(-problem.K // vector) * vector > INT32_MAX:
