@@ -201,8 +201,17 @@ def test_a_separator_is_channels_last_from_end_to_end(dtype):
 def test_explain_says_through_what_a_layout_goes():
     with torch.no_grad():
         records = explain(Separator(16).eval(), torch.randn(2, 4, 15)).records
-    assert records[1].folded == "gt mul where, to NLC through var_mean mul add"
+    assert records[1].folded == "gt mul where, to NLC through var_mean mul add (read faster so)"
     assert [record.kernel for record in records if "g32" in record.convolution] == ["depthwise_sliding"] * 2
+
+
+def test_explain_says_why_a_layout_was_chosen_or_not():
+    def block(x):
+        y = F.conv1d(x, ONE)
+        return y.cumsum(2), F.conv1d(y, TWO)
+
+    with torch.no_grad():
+        assert [record.folded for record in explain(block, ODD).records] == ["NCL (aten.cumsum.default reads it)", ""]
 
 
 def test_saved_activations_keep_their_strides():

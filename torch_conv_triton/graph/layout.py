@@ -20,6 +20,8 @@ from torch_conv_triton.graph.region import Region, find_regions
 from torch_conv_triton.graph.report import ConvRecord
 from torch_conv_triton.problem import current_precision
 
+# why a tensor is stored channels-last
+READ_FASTER, ADDED, AS_IN_EAGER = "read faster so", "added to such", "as in eager"
 # depthwise kernels that load a sample of channels-last x once
 SLIDING = ("depthwise_sliding", "depthwise_skewed")
 
@@ -37,9 +39,11 @@ def choose_layouts(graph: Graph, records: dict[Node, ConvRecord]) -> None:
         source = choice.stored.get(before.input, Storage("NCL"))
         chosen = choice.of(before, outputs)
         call = replace(before, program=_store(before.program, chosen), rounded=source.rounded)
-        if call == before or (call.plan().is_aten and not any(storage.through for storage in chosen)):
-            continue
         folded = (records[node].folded, *(storage.words for storage in chosen), "reads rounded" * call.rounded)
+        if call == before or (call.plan().is_aten and not any(storage.through for storage in chosen)):
+            if all(storage.layout == "NCL" for storage in chosen) and not call.plan().is_aten:
+                records[node] = replace(records[node], folded=", ".join(filter(None, folded)))
+            continue
         new_outputs = call.take_place_of(node, outputs, records, folded)
         choice.stored.update(zip(new_outputs, chosen, strict=True))
 
@@ -48,17 +52,20 @@ def choose_layouts(graph: Graph, records: dict[Node, ConvRecord]) -> None:
 class Storage:
     """How a value is stored: contiguous ("NCL") or channels-last ("NLC"), rounded to TF32 or not.
 
-    `through` names what Inductor computes of it in that layout, on the way to the next convolutions.
+    `through` names what Inductor computes of it in that layout, on the way to the next convolutions. `why` says why it is
+    channels-last, or why not where its readers would be faster so.
     """
 
     layout: str
     rounded: bool = False
     through: tuple[str, ...] = ()
+    why: str = ""
 
     @property
     def words(self) -> str:
-        layout = ["to NLC"] * (self.layout == "NLC") + ["through"] * bool(self.through)
-        return " ".join(["rounded"] * self.rounded + layout + list(self.through))
+        layout = ["to NLC"] if self.layout == "NLC" else ["NCL"] * bool(self.why)
+        through = ["through", *self.through] if self.through else []
+        return " ".join(["rounded"] * self.rounded + layout + through + [f"({self.why})"] * bool(self.why))
 
 
 class _Choice:
@@ -79,14 +86,16 @@ class _Choice:
         new = [region for region in dict.fromkeys(regions) if region not in self._decided]
         rounded = {region: _may_be_rounded(region) for region in new}
         for region in new:
-            self._decide(region, rounded[region], self._is_better_channels_last(region, rounded[region]))
+            self._decide(region, rounded[region], READ_FASTER if self._is_read_faster(region, rounded[region]) else None)
         for region in new:
             if not region.inputs and self._decided[region].layout == "NCL":
-                self._decide(region, rounded[region], self._is_added_channels_last(region))
+                self._decide(region, rounded[region], ADDED if self._is_added_channels_last(region) else None)
         chosen = [self._decided[region] for region in regions]
         # what eager stores channels-last is not made contiguous
-        pairs = zip(chosen, call.program.outputs, strict=True)
-        return [storage if storage.layout == "NLC" else replace(storage, layout=output.layout) for storage, output in pairs]
+        return [
+            replace(storage, layout="NLC", why=AS_IN_EAGER) if (storage.layout, output.layout) == ("NCL", "NLC") else storage
+            for storage, output in zip(chosen, call.program.outputs, strict=True)
+        ]
 
     def _is_added_channels_last(self, region: Region) -> bool:
         """Whether most convolutions that read it in their epilogues compute on channels-last tiles, as they read their inputs.
@@ -102,20 +111,21 @@ class _Choice:
         region = self._regions[node]
         if region in self._decided:
             return self._decided[region].layout
-        return "NLC" if self._is_better_channels_last(region, _may_be_rounded(region)) else "NCL"
+        read_faster = region.refusal is None and self._is_read_faster(region, _may_be_rounded(region))
+        return "NLC" if read_faster else "NCL"
 
-    def _decide(self, region: Region, rounded: bool, channels_last: bool) -> None:
-        values = region.channels_last() if channels_last and _may_be_channels_last(region, rounded) else None
+    def _decide(self, region: Region, rounded: bool, why: str | None) -> None:
+        """Store a region channels-last for a reason, if nothing forbids it."""
+        values = region.channels_last() if why and _may_be_channels_last(region, rounded) else None
         if values is None:
-            self._decided[region] = Storage("NCL", rounded)
+            self._decided[region] = Storage("NCL", rounded, why=(why and region.refusal) or "")
             return
         region.store(values)
-        self._decided[region] = Storage("NLC", rounded, region.through)
+        self._decided[region] = Storage("NLC", rounded, region.through, why)
         self.stored.update(dict.fromkeys(region.between, Storage("NLC")))
 
-    def _is_better_channels_last(self, region: Region, rounded: bool) -> bool:
-        if region.refusal is not None:
-            return False
+    def _is_read_faster(self, region: Region, rounded: bool) -> bool:
+        """Whether the convolutions that read it would be faster if it were channels-last."""
         gains = [region.gains]
         for node in region.inputs:
             call = OperatorCall.of(node)
