@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compiling import Captured
+from compiling import Capture, Captured
 from expecttest import assert_expected_inline
 from torch import nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from torch_conv_triton import dispatch
+from torch_conv_triton.backend import triton_conv
 from torch_conv_triton.dispatch import Plan, aten
 from torch_conv_triton.graph.call import OperatorCall
 
@@ -149,6 +151,10 @@ ACTIVATIONS = {
     "elu": (F.elu, "gt %0 0.0; expm1 %0; where %1 %0 %2"),
     "silu": (F.silu, "neg %0; exp %1; add %2 1.0; div %0 %3"),
     "gelu": (F.gelu, "mul %0 0.5; mul %0 0.7071067811865476; erf %2; add %3 1.0; mul %1 %4"),
+    "gelu by tanh": (
+        lambda y: F.gelu(y, approximate="tanh"),
+        "mul %0 0.5; mul %0 %0; mul %2 %0; mul %3 0.044715; add %0 %4; mul %5 0.7978845608028654; tanh %6; add %7 1.0; mul %1 %8",
+    ),
     "tanh": (torch.tanh, "tanh %0"),
     "sigmoid": (torch.sigmoid, "sigmoid %0"),
     "hardswish": (F.hardswish, "add %0 3.0; max %1 0.0; min %2 6.0; mul %0 %3; div %4 6.0"),
@@ -181,6 +187,23 @@ def test_what_follows_becomes_the_epilogue(function, program):
 def test_half_precision_is_rounded_once_at_the_end():
     graph = after(lambda x: F.silu(F.conv1d(x, W.bfloat16())) + SAME.bfloat16(), X.bfloat16())
     assert "neg %0; exp %1; add %2 1.0; div %0 %3; add %4 a0; out %5 bf16 NCL" in graph
+
+
+def test_a_narrower_dtype_is_what_the_convolution_stores():
+    assert_expected_inline(
+        after(lambda x: F.conv1d(x, W, B).bfloat16(), X),
+        """\
+v0: bfloat16[2, 6, 14] = triton_conv.conv1d_fused.one(in0, in1, in2, 1, [0, 0], 1, 1, False, zeros, out %0 bf16 NCL, [], False)
+return [v0]
+""",
+    )
+    assert_expected_inline(
+        after(lambda x: F.relu(F.conv1d(x, W).half() * 2), X),
+        """\
+v0: float16[2, 6, 14] = triton_conv.conv1d_fused.one(in0, in1, None, 1, [0, 0], 1, 1, False, zeros, mul %0 2.0; max %1 0.0; out %2 fp16 NCL, [], False)
+return [v0]
+""",  # noqa: E501
+    )
 
 
 def test_autocast_is_folded_to_the_dtype_that_the_graph_stores():
@@ -397,8 +420,6 @@ def test_what_stands_before_a_gate_is_folded_where_the_gate_cannot_be():
 
 LEFT = {
     "integers": lambda y: y * torch.arange(14),
-    "broadcasting the convolution": lambda y: y[:1] + SAME,
-    "complex": lambda y: y * 1j,
     "float64": lambda y: y.double() * 2,
     "another power": lambda y: y**2.5,
     "another shape": lambda y: F.relu(y.reshape(2, -1)),
@@ -411,9 +432,69 @@ def test_what_no_instruction_computes_is_left(function):
     assert not folded(after(lambda x: function(F.conv1d(x, W)), X))
 
 
+def test_what_inductor_computes_in_one_kernel_with_another_user_is_left():
+    assert_expected_inline(
+        after(lambda x: F.relu(y := F.conv1d(x, W)).sum(2) + y.amax(2), X),
+        """\
+v0: float32[2, 6, 14] = triton_conv.conv1d.default(in0, in1, None, [1], [0], [1], 1)
+v1: float32[2, 6, 14] = aten.relu.default(v0)
+v2: float32[2, 6] = aten.sum.dim_IntList(v1, [2])
+v3: float32[2, 6] = aten.amax.default(v0, [2])
+v4: float32[2, 6] = aten.add.Tensor(v2, v3)
+return [v4]
+""",
+    )
+
+
+def test_a_sum_of_a_wider_dtype_is_left():
+    # it would be twice as much to write
+    assert_expected_inline(
+        after(lambda x: F.relu(F.conv1d(x, W.bfloat16()) + SAME), X.bfloat16()),
+        """\
+v0: bfloat16[6, 4, 3] = prims.convert_element_type.default(in0, torch.bfloat16)
+v1: bfloat16[2, 6, 14] = triton_conv.conv1d.default(in1, v0, None, [1], [0], [1], 1)
+v2: float32[2, 6, 14] = aten.add.Tensor(v1, in2)
+v3: float32[2, 6, 14] = aten.relu.default(v2)
+return [v3]
+""",
+    )
+
+
+def test_a_sum_that_repeats_the_convolution_is_left():
+    assert_expected_inline(
+        after(lambda x: F.relu(F.conv1d(x[:1], W) + SAME), X),
+        """\
+v0: float32[1, 4, 16] = aten.slice.Tensor(in0, 0, 0, 1)
+v1: float32[1, 6, 14] = triton_conv.conv1d.default(v0, in1, None, [1], [0], [1], 1)
+v2: float32[2, 6, 14] = aten.add.Tensor(v1, in2)
+v3: float32[2, 6, 14] = aten.relu.default(v2)
+return [v3]
+""",
+    )
+
+
+def test_complex_numbers_are_left():
+    assert_expected_inline(
+        after(lambda x: torch.abs(F.relu(F.conv1d(x, W)) * 1j), X),
+        """\
+v0: float32[2, 6, 14] = triton_conv.conv1d_fused.one(in0, in1, None, 1, [0, 0], 1, 1, False, zeros, max %0 0.0; out %1 fp32 NCL, [], False)
+v1: complex64[2, 6, 14] = aten.mul.Tensor(v0, 1j)
+v2: float32[2, 6, 14] = aten.abs.default(v1)
+return [v2]
+""",  # noqa: E501
+    )
+
+
 def test_a_number_of_the_graph_is_left():
-    graph = after(lambda x: F.conv1d(x, W) * x.shape[-1], X, dynamic=True)
-    assert not folded(graph)
+    assert_expected_inline(
+        after(lambda x: F.relu(F.conv1d(x, W, padding=1) * x.shape[-1]), X, dynamic=True),
+        """\
+v0: float32[2, 6, s53] = triton_conv.conv1d.default(in1, in2, None, [1], [1], [1], 1)
+v1: float32[2, 6, s53] = aten.mul.Tensor(v0, in0)
+v2: float32[2, 6, s53] = aten.relu.default(v1)
+return [v2]
+""",
+    )
 
 
 def test_lengths_that_change_are_folded():
@@ -421,7 +502,7 @@ def test_lengths_that_change_are_folded():
     assert "add %0 a0; max %1 0.0" in graph
 
 
-def test_nothing_is_folded_over_a_write():
+def test_a_state_is_read_before_it_is_written():
     class Running(nn.Module):
         def __init__(self):
             super().__init__()
@@ -439,6 +520,69 @@ def test_nothing_is_folded_over_a_write():
         expected = F.conv1d(X, W) + model.state
         torch.testing.assert_close(captured(X), expected, rtol=0, atol=1e-2)
         torch.testing.assert_close(captured(X), expected + 1, rtol=0, atol=1e-2)
+    assert folded(captured.after[0])
+
+
+class WriteEarly(CustomGraphPass):
+    """A user's pass that writes to an input as soon as the value is there. Inductor writes at the end of a graph."""
+
+    def __call__(self, graph):
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+            node.args[1].append(node)
+
+    def uuid(self):
+        """No name, so it always runs."""
+
+
+def after_early_writes(function, state) -> str:
+    """The graph of a function of `X` and a state that it adds 1 to, where that is written early; its values are checked."""
+    seen, expected_state = Capture(), state.clone()
+    passes = {"post_grad_custom_pre_pass": WriteEarly(), "post_grad_custom_post_pass": seen}
+    compiled = torch.compile(function, backend=triton_conv, options=passes)
+    with torch.no_grad():
+        for _ in range(2):
+            actual, expected = compiled(X, state), function(X, expected_state)
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-2)
+            assert torch.equal(state, expected_state)
+    return seen.graphs[0]
+
+
+def test_nothing_is_folded_over_a_write():
+    def function(x, state):
+        y = F.conv1d(x, W)
+        state.add_(1)
+        return F.relu(y + state)
+
+    assert_expected_inline(
+        after_early_writes(function, torch.zeros(6, 1)),
+        """\
+v0: float32[2, 6, 14] = triton_conv.conv1d.default(in0, in1, None, [1], [0], [1], 1)
+v1: float32[6, 1] = aten.add.Tensor(in2, 1)
+v2: float32[6, 1] = aten.copy_.default(in2, v1)
+v3: float32[2, 6, 14] = aten.add.Tensor(v0, v1)
+v4: float32[2, 6, 14] = aten.relu.default(v3)
+return [v4]
+""",
+    )
+
+
+def test_nothing_is_folded_after_a_write():
+    def function(x, state):
+        state.add_(1)
+        return F.relu(F.conv1d(F.pad(x + state, (2, 0)), W))
+
+    assert_expected_inline(
+        after_early_writes(function, torch.zeros(4, 1)),
+        """\
+v0: float32[4, 1] = aten.add.Tensor(in0, 1)
+v1: float32[4, 1] = aten.copy_.default(in0, v0)
+v2: float32[2, 4, 16] = aten.add.Tensor(in1, v0)
+v3: float32[2, 4, 18] = aten.constant_pad_nd.default(v2, [2, 0], 0.0)
+v4: float32[2, 6, 16] = triton_conv.conv1d.default(v3, in2, None, [1], [0], [1], 1)
+v5: float32[2, 6, 16] = aten.relu.default(v4)
+return [v5]
+""",
+    )
 
 
 def test_operators_of_ours_that_the_model_calls_itself_are_left():
