@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_conv_triton import dispatch_gradients, gradients
@@ -376,6 +378,40 @@ def test_operators_run_the_kernels():
     for a, e in zip(actual, expected_gradients(case, *leaves[:2], grad_output), strict=False):
         assert_within_budget(a, e, "tf32")
     torch.testing.assert_close(actual[2], grad_output.sum((0, 2)))
+
+
+TWICE = named(
+    "odd_everything",
+    "dilated_strided",
+    "grouped",
+    "depthwise",
+    "channel_multiplier",
+    "transposed",
+    "transposed_gcd",
+    "transposed_output_padding",
+    "transposed_output_padding_above_stride",
+    "transposed_grouped",
+    "transposed_depthwise",
+)
+
+
+def gradients_of_gradients(operator, tensors, grad_output):
+    """Of x, weight and grad_output: how the squares of the first gradients, as in a gradient penalty, depend on them."""
+    leaves = [t.detach().clone().requires_grad_() for t in (*tensors, grad_output)]
+    *inputs, grad_output = leaves
+    first = torch.autograd.grad(operator(*inputs), inputs, grad_output, create_graph=True)
+    return torch.autograd.grad(sum(gradient.square().mean() for gradient in first), [*inputs[:2], grad_output])
+
+
+@pytest.mark.parametrize("case", TWICE, ids=str)
+def test_operators_run_the_kernels_when_gradients_are_differentiated(case):
+    tensors, grad_output = make_inputs(case, torch.float32), make_grad_output(case, torch.float32)
+    with profile(activities=[ProfilerActivity.CPU]) as seen, poisoned_allocations():
+        actual = gradients_of_gradients(case.operator(), tensors, grad_output)
+    assert not any(event.key.startswith("aten::") and "conv" in event.key for event in seen.key_averages())
+    expected = gradients_of_gradients(case.operator(F), [t.double() for t in tensors], grad_output.double())
+    for a, e in zip(actual, expected, strict=True):
+        assert_within_budget(a, e, "tf32")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
