@@ -262,6 +262,30 @@ def test_autocast():
     assert_close(actual.bfloat16(), expected)
 
 
+def with_data_of(model, other):
+    for parameter, new in zip(model.parameters(), other.parameters(), strict=True):
+        parameter.data = new.data.clone()
+
+
+UPDATES = {
+    "in place": lambda model, other: torch._foreach_copy_(list(model.parameters()), list(other.parameters())),
+    "load_state_dict": lambda model, other: model.load_state_dict(other.state_dict()),
+    "load_state_dict, which assigns": lambda model, other: model.load_state_dict(other.state_dict(), assign=True),
+    ".data": with_data_of,
+}
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_weights_that_change_after_the_compilation_are_read(update):
+    model, other, x = Model().eval(), Model().eval(), torch.randn(2, 4, 16)
+    compiled = torch.compile(model, backend=triton_conv)
+    with torch.no_grad():
+        assert_close(compiled(x), model(x))
+        update(model, other)
+        for _ in range(2):
+            assert_close(compiled(x), other(x))
+
+
 SAMPLES = [
     pytest.param(op, sample, id=f"{op.name}-{index}")
     for op in op_db
