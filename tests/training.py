@@ -1,14 +1,17 @@
 """Training that must come out the same with our convolutions: the tests, the same with and without a GPU."""
 
 import copy
+import functools
+import re
 from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import Captured
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import torch_conv_triton
 from torch_conv_triton import testing
@@ -16,6 +19,13 @@ from torch_conv_triton.backend import triton_conv
 from torch_conv_triton.problem import current_precision
 
 WAYS = ("eager", "compiled")
+# a compiled model is traced with aten's
+CONVOLUTIONS = (
+    torch.ops.aten.convolution.default,
+    torch.ops.triton_conv.conv1d.default,
+    torch.ops.triton_conv.conv_transpose1d.default,
+)
+FORWARD = re.compile(r"aten\.convolution\.default|triton_conv\.conv1d\.default|conv_transpose1d\.default|conv1d_fused")
 
 
 class Net(nn.Module):
@@ -145,17 +155,43 @@ class Training:
         saved = gradients(call, net, x)
         assert_same_bits(gradients(lambda x: checkpoint(call, x, use_reentrant=False), net, x), saved)
 
+    @pytest.mark.parametrize("saved", [(), CONVOLUTIONS], ids=["nothing saved", "convolutions saved"])
+    def test_a_checkpointed_region_inside(self, way, saved):
+        def policy(context, op, *args, **kwargs):
+            return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+        keywords = {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)} if saved else {}
+
+        def model(x: Tensor) -> Tensor:
+            # what is outside changes neither the loss nor its gradients
+            return -checkpoint(net, x.flip(0), use_reentrant=False, **keywords)
+
+        net, x = build(self.device)
+        net.ours = way == "eager"
+        call = model if net.ours else Captured(model)
+        assert_gradients_are_exact(gradients(call, net, x), net, x)
+        if way == "compiled":
+            _, backward = call.after
+            # one is the gradient of the transposed one's input
+            assert (len(FORWARD.findall(backward)) > 1) == (not saved)
+
+    @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
     @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
-    def test_parametrized_weights(self, way, kind):
+    def test_parametrized_weights(self, way, kind, training):
         def change(net: Net) -> None:
             for module in (net.down, net.blocks[0], net.depthwise, net.leave):
                 getattr(parametrizations, kind)(module)
 
         net, x = build(self.device, change=change)
-        net.eval()
-        found = gradients(run_by(way, net), net, x)
-        assert any("parametrizations" in name for name in found)
-        assert_gradients_are_exact(found, net, x)
+        call = run_by(way, net.train(training))
+        for _ in range(2):
+            # a spectral norm goes on with its iteration at every forward in training
+            before = copy.deepcopy(net)
+            found = gradients(call, net, x)
+            assert any("parametrizations" in name for name in found)
+            assert_gradients_are_exact(found, before, x)
+            iterated = any(not torch.equal(a, b) for a, b in zip(net.buffers(), before.buffers(), strict=True))
+            assert iterated == (training and kind == "spectral_norm")
 
     def test_tied_weights_sum_their_gradients(self, way):
         def change(net: Net) -> None:
