@@ -11,8 +11,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from torch_conv_triton.backend import triton_conv
+from torch_conv_triton.configs_gradients import WeightGradConfig
+from torch_conv_triton.dispatch import Plan
 from torch_conv_triton.explain import explain
 from torch_conv_triton.graph.report import ConvRecord, Report
+from torch_conv_triton.problem import Conv1dProblem
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +47,17 @@ REPORT = Report(
     ),
     graphs=2,
 )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "splits", "words"),
+    [("weight_grad", 1, ""), ("weight_grad", 100, ", 4.7 MiB of sums"), ("weight_grad_banded", 1, ", 1 MiB of sums")],
+)
+def test_a_gradient_s_plan_states_the_memory_of_its_partial_sums(kernel, splits, words):
+    sizes = (2, 64, 100), (64, 64, 3)
+    problem = Conv1dProblem.from_tensors(*(torch.empty(size, device="meta") for size in sizes), None, 1, 1, 1, 1, False)
+    plan = Plan(kernel, WeightGradConfig(64, 64, 32, splits=splits), "by rule")
+    assert ConvRecord.of("", "weight_grad", problem, rewritten=True, plan=plan).config == f"{plan.config}{words}"
 
 
 def test_table_has_a_line_for_each_convolution_and_the_totals():
@@ -224,6 +238,8 @@ def test_explain_leaves_nothing_in_the_way_of_compilations(model):
 EXPLAIN_WITH_WARM_CACHES = """
 import torch
 from torch_conv_triton.backend import triton_conv
+from torch_conv_triton.configs_gradients import WeightGradConfig
+from torch_conv_triton.dispatch import Plan
 from torch_conv_triton.explain import explain
 from torch._dynamo.utils import counters
 

@@ -76,6 +76,15 @@ def workspace_bytes(problem: Conv1dProblem) -> int:
     return max(WORKSPACE_BYTES, sum(problem.extents) * problem.dtype.itemsize // 4)
 
 
+def partial_sums_bytes(kernel: str, config: WeightGradConfig, problem: Conv1dProblem) -> int:
+    """Bytes that the partial sums of a weight gradient take; none where one program makes each sum."""
+    banded = kernel == "weight_grad_banded"
+    if config.splits == 1 and not banded:
+        return 0
+    partial = (problem.K + config.BLOCK_C - 1) * config.BLOCK_C if banded else problem.C_in_per_group * problem.K
+    return config.splits * 4 * problem.C_out * (partial + config.with_bias)
+
+
 def weight_grad_config(problem: Conv1dProblem, device: Device) -> WeightGradConfig:
     """Tile of the weight gradient as a matrix product; x is the problem's input and y's strides are those of grad_output."""
     if _is_better_exchanged(problem):
@@ -278,9 +287,8 @@ def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: C
         return "x is not copied for each tap, or is too large for that, or there are no block copies"
     if kernel == "weight_grad_pointwise" and (reason := pointwise_refusal(problem, device, config)):
         return reason
-    partial, most = problem.C_out * problem.C_in_per_group * problem.K, 128
+    most = 128
     if kernel == "weight_grad_banded":
-        partial = problem.C_out * (problem.K + config.BLOCK_C - 1) * config.BLOCK_C
         window = ceil_pow2(problem.K + config.BLOCK_C - 1 + -problem.padding % config.BLOCK_C)
         accumulators = config.BLOCK_O * config.BLOCK_C * window
         if config.BLOCK_C < 16 or config.BLOCK_L % config.BLOCK_C or config.BLOCK_L // config.BLOCK_C < 16:
@@ -303,7 +311,7 @@ def weight_grad_config_refusal(kernel: str, config: WeightGradConfig, problem: C
             most = 64
     if accumulators > most * 32 * config.num_warps:
         return "it does not fit into the registers of a block"
-    if config.splits > 1 and config.splits * 4 * (partial + problem.C_out * config.with_bias) > workspace_bytes(problem):
+    if config.splits > 1 and partial_sums_bytes(kernel, config, problem) > workspace_bytes(problem):
         return "the partial sums do not fit into the workspace"
     if problem.N * problem.L_out > 4 * POSITIONS_PER_SPLIT * config.splits:
         return "an accumulator would sum too many positions"

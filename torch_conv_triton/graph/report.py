@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from torch_conv_triton.configs_gradients import partial_sums_bytes
 from torch_conv_triton.dispatch import ATEN, Plan
 from torch_conv_triton.problem import Conv1dProblem, dtype_name
 
@@ -46,7 +47,7 @@ class ConvRecord:
             layout=problem.layout,
             decision="rewritten" if rewritten else "kept",
             kernel=plan.kernel,
-            config="" if plan.config is None else str(plan.config),
+            config="" if plan.config is None else str(plan.config) + _workspace(kind, plan, problem),
             reason=plan.reason,
         )
 
@@ -56,6 +57,12 @@ class ConvRecord:
     def cells(self) -> tuple[str, ...]:
         """The text of each of `COLUMNS`."""
         return (self.module or "-", *(getattr(self, column) for column in COLUMNS[1:]))
+
+
+def _workspace(kind: str, plan: Plan, problem: Conv1dProblem) -> str:
+    """What a plan needs memory for beside its tensors, in words."""
+    size = partial_sums_bytes(plan.kernel, plan.config, problem) if kind == "weight_grad" else 0
+    return f", {size / 2**20:.2g} MiB of sums" if size else ""
 
 
 @dataclass(frozen=True, slots=True)
