@@ -187,8 +187,8 @@ def _row(plan: dispatch.Plan, compiled: list[Compiled]) -> dict:
     return {"plan": f"{plan.kernel} {plan.config}", "kernel": plan.kernel, "compiled": kernels}
 
 
-def tuned_kernels(part: slice) -> dict[str, list[dict]]:
-    """The plan of each entry of the H200's table that a case of the suite has, with the kernels it launches, by key.
+def tuned(part: slice = slice(None)) -> dict[str, tuple[Conv1dProblem, dispatch.Plan]]:
+    """By key, a problem of each entry of the H200's table that a case of the suite has, with the entry's plan.
 
     Channels-last convolutions may have a channels-first gradient too.
     """
@@ -197,13 +197,20 @@ def tuned_kernels(part: slice) -> dict[str, list[dict]]:
         contiguous = case.grad_output("meta").contiguous()
         for problem in (case.problem(), *case.gradient_problems(), *case.gradient_problems(grad_output=contiguous)):
             plan = dispatch.tuned_plan(problem, H200, dispatch_gradients.plan_refusal)
-            if plan is None or tables.key(problem) in found:
-                continue
-            compiled: list[Compiled] = []
-            if not plan.is_aten:
-                with mock.patch.object(dispatch, "device_for", lambda _: H200), compile_only(H200.capability) as compiled:
-                    run(plan, problem, tensors(problem))
-            found[tables.key(problem)] = [_row(plan, compiled)]
+            if plan is not None:
+                found.setdefault(tables.key(problem), (problem, plan))
+    return found
+
+
+def tuned_kernels(part: slice) -> dict[str, list[dict]]:
+    """The plan of each `tuned` problem with the kernels it launches, by key."""
+    found = {}
+    for key, (problem, plan) in tuned(part).items():
+        compiled: list[Compiled] = []
+        if not plan.is_aten:
+            with mock.patch.object(dispatch, "device_for", lambda _: H200), compile_only(H200.capability) as compiled:
+                run(plan, problem, tensors(problem))
+        found[key] = [_row(plan, compiled)]
     return found
 
 
