@@ -24,7 +24,7 @@ ENTRIES = tables.parse(tables.read(tables.shipped_path(H200.name)))
 GLUON = ("dense_halo", "depthwise_bands")
 COMPUTED = [key for key, entry in ENTRIES.items() if entry.kernel not in (*dispatch.ATEN, *GLUON)]
 
-# input and output channels of a group that are enough: of outputs more than a tile of 128 or one of 256, of inputs several slices,
+# input and output channels of a group: of outputs more than a tile of 128 or one of 256, of inputs several slices,
 # times the taps; the last are those from which a strided x is worth a copy
 ENOUGH_CHANNELS = (128, 192), (128, 256), (256, 256)
 # two samples of more would double the time of the slowest entries
