@@ -1,5 +1,7 @@
 """The backend: found by name, every mode and option of Inductor, caches, changing lengths, and no trace in other compilations."""
 
+import copy
+
 import pytest
 import torch
 from compiling import Capture, Captured, graph_text, run_python
@@ -356,6 +358,23 @@ def test_kernel_size_may_change_in_training():
         expected = torch.autograd.grad(torch.conv1d(x, weight, padding=1).relu().sum(), (x, weight))
         for a, e in zip(actual, expected, strict=True):
             assert_close(a, e)
+
+
+def test_gradients_of_an_output_padding_of_a_whole_stride_take_any_length():
+    model = nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=2, dilation=3)
+    counter = CompileCounterWithBackend(triton_conv)
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    in_double = copy.deepcopy(model).double()
+    for length in LENGTHS:
+        x = torch.randn(2, 4, length, requires_grad=True)
+        y = compiled(x)
+        cotangent = torch.randn_like(y)
+        actual = torch.autograd.grad(y, (x, *model.parameters()), cotangent)
+        x = x.detach().double().requires_grad_()
+        expected = torch.autograd.grad(in_double(x), (x, *in_double.parameters()), cotangent.double())
+        for a, e in zip(actual, expected, strict=True):
+            assert_close(a, e)
+    assert counter.frame_count == 1
 
 
 def test_length_that_is_marked_dynamic_stays_so_in_training():

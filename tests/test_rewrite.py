@@ -311,10 +311,6 @@ BACKWARD_KEPT = {
         {"stride": 2, "input_grad_strides": CHANNELS_LAST},
         f"the graph relies on a gradient with strides {CHANNELS_LAST}, ours is contiguous",
     ),
-    "output_padding of a whole stride": (
-        {"stride": 2, "transposed": True, "output_padding": 2, "dilation": 3},
-        "output_padding is not below the stride, so the output has samples that no whole step of the input gives",
-    ),
 }
 
 
@@ -323,6 +319,21 @@ def test_backward_is_kept_with_its_reason(arguments, reason):
     built = HandBuilt(X, WEIGHT, backward=True, **arguments)
     assert built.decisions == [("input_grad", "kept", reason), ("weight_grad", "kept", reason)]
     assert "aten.convolution_backward.default" in graph_text(built.graph) and "triton_conv" not in graph_text(built.graph)
+
+
+def test_gradients_of_an_output_padding_of_a_whole_stride_go_one_step_further_than_the_input():
+    built = HandBuilt(X, WEIGHT, stride=2, transposed=True, output_padding=2, dilation=3, backward=True)
+    assert_expected_inline(
+        graph_text(built.graph),
+        """\
+v0: float32[2, 4, 11] = triton_conv.conv1d.default(in2, in1, None, [2], [1], [3], 1)
+v1: float32[2, 4, 10] = aten.slice.Tensor(v0, 2, 0, 10)
+v2: float32[2, 4, 10] = aten.clone.default(v1)
+v3: float32[2, 4, 11] = aten.constant_pad_nd.default(in0, [0, 1])
+v4: float32[4, 4, 3] = triton_conv.conv1d_weight_grad.default(v3, in2, 3, [2], [1], [3], 1)
+return [v2, v4]
+""",
+    )
 
 
 def test_strides_of_dimensions_of_size_one_do_not_count():

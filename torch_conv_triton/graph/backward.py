@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from operator import getitem
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from torch_conv_triton import dispatch
@@ -86,8 +87,6 @@ def _reason_to_keep(backward: Backward) -> str | None:
     reason = reason_to_keep(conv)
     if reason is not None:
         return reason
-    if conv.transposed and conv.output_padding >= conv.stride:
-        return "output_padding is not below the stride, so the output has samples that no whole step of the input gives"
     for index, readers in backward.gradients.items():
         if index != BIAS and not is_contiguous(value(readers[0])):
             strides = tuple(value(readers[0]).stride())
@@ -127,7 +126,13 @@ def _input_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
             conv.dilation,
             conv.groups,
         )
-        call = graph.call_function(ops.conv1d.default, (backward.grad_output, conv.weight, None, *geometry))
+        arguments = backward.grad_output, conv.weight, None, *geometry
+        call = graph.call_function(ops.conv1d.default, arguments)
+        if _surplus(conv):
+            longer = _with_value(call, ops.conv1d.default(*_values(arguments)))
+            arguments = longer, 2, 0, _size(graph, conv.input, 2)
+            cut = _with_value(graph.call_function(aten.slice.Tensor, arguments), aten.slice.Tensor(*_values(arguments)))
+            call = graph.call_function(aten.clone.default, (cut,), {"memory_format": torch.contiguous_format})
         return call, dispatch.plan(problem, conv.device)
     arguments = (backward.grad_output, conv.weight, _size(graph, conv.input, 2), *geometry)
     sizes = stand_in(value(backward.grad_output)), stand_in(value(conv.weight)), hint(value(conv.input).shape[2])
@@ -155,12 +160,37 @@ def _weight_and_bias_grad(graph: Graph, backward: Backward) -> dict[int, tuple[N
 
 def _weight_problem(backward: Backward) -> WeightGradProblem:
     conv = backward.conv
-    sizes = *(stand_in(value(node)) for node in _pair(backward)), hint(value(conv.weight).shape[2])
+    grad_output, x = (value(node) for node in _pair(backward))
+    if _surplus(conv):
+        grad_output = _padded(grad_output, _surplus(conv))
+    sizes = stand_in(grad_output), stand_in(x), hint(value(conv.weight).shape[2])
     return weight_grad_problem(*sizes, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _weight_arguments(graph: Graph, backward: Backward) -> tuple:
-    return *_pair(backward), _size(graph, backward.conv.weight, 2), *_geometry(backward.conv)
+    grad_output, x = _pair(backward)
+    if surplus := _surplus(backward.conv):
+        padded = graph.call_function(aten.constant_pad_nd.default, (grad_output, [0, surplus]))
+        grad_output = _with_value(padded, _padded(value(grad_output), surplus))
+    return grad_output, x, _size(graph, backward.conv.weight, 2), *_geometry(backward.conv)
+
+
+def _surplus(conv: Convolution) -> int:
+    """Steps past the end of the input that the convolution of the gradient of a transposed convolution's output makes."""
+    return conv.output_padding // conv.stride if conv.transposed else 0
+
+
+def _padded(tensor: Tensor, surplus: int) -> Tensor:
+    return aten.constant_pad_nd.default(tensor, [0, surplus])
+
+
+def _with_value(node: Node, tensor: Tensor) -> Node:
+    node.meta["val"] = tensor
+    return node
+
+
+def _values(arguments: tuple) -> tuple:
+    return tuple(value(argument) if isinstance(argument, Node) else argument for argument in arguments)
 
 
 def _pair(backward: Backward) -> tuple[Node, Node]:
