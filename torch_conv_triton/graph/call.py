@@ -121,7 +121,7 @@ class OperatorCall:
         for old in unused:
             node.graph.erase_node(old)
         record = ConvRecord.of(records.pop(node).module, "forward", self.problem(), rewritten=True, plan=self.plan())
-        records[call] = replace(record, folded=", ".join(filter(None, folded)))
+        records[call] = record.also_folding(*folded)
         return new
 
     def with_program(self, program: Program, operands: Sequence[Node]) -> OperatorCall:

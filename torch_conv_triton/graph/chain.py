@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 from torch._inductor import config as inductor_config
@@ -35,7 +34,7 @@ def join_chains(graph: Graph, records: dict[Node, ConvRecord]) -> None:
         for node in chain:
             words = [f"in a chain of {len(chain)}"] if len(chain) > 1 else []
             words += ["weight prepared once"] if _is_constant(calls[node].weight) else []
-            records[node] = replace(records[node], folded=", ".join(filter(None, [records[node].folded, *words])))
+            records[node] = records[node].also_folding(*words)
 
 
 def _is_joinable(call: OperatorCall) -> bool:

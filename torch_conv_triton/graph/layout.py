@@ -39,12 +39,12 @@ def choose_layouts(graph: Graph, records: dict[Node, ConvRecord]) -> None:
         source = choice.stored.get(before.input, Storage("NCL"))
         chosen = choice.of(before, outputs)
         call = replace(before, program=_store(before.program, chosen), rounded=source.rounded)
-        folded = (records[node].folded, *(storage.words for storage in chosen), "reads rounded" * call.rounded)
+        words = *(storage.words for storage in chosen), "reads rounded" * call.rounded
         if call == before or (call.plan().is_aten and not any(storage.through for storage in chosen)):
             if all(storage.layout == "NCL" for storage in chosen) and not call.plan().is_aten:
-                records[node] = replace(records[node], folded=", ".join(filter(None, folded)))
+                records[node] = records[node].also_folding(*words)
             continue
-        new_outputs = call.take_place_of(node, outputs, records, folded)
+        new_outputs = call.take_place_of(node, outputs, records, (records[node].folded, *words))
         choice.stored.update(zip(new_outputs, chosen, strict=True))
 
 

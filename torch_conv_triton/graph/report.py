@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch.fx import Node
@@ -50,6 +50,10 @@ class ConvRecord:
             config="" if plan.config is None else str(plan.config) + _workspace(kind, plan, problem),
             reason=plan.reason,
         )
+
+    def also_folding(self, *words: str) -> ConvRecord:
+        """The record that names these too, empty words left out."""
+        return replace(self, folded=", ".join(filter(None, (self.folded, *words))))
 
     def __str__(self) -> str:
         return "  ".join(cell for cell in self.cells() if cell)
