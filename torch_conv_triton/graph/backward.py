@@ -8,11 +8,11 @@ our operators take the length as it comes. That holds where aten computes the gr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import getitem
 
 import torch
-from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from torch_conv_triton import dispatch
@@ -127,12 +127,12 @@ def _input_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
             conv.groups,
         )
         arguments = backward.grad_output, conv.weight, None, *geometry
-        call = graph.call_function(ops.conv1d.default, arguments)
         if _surplus(conv):
-            longer = _with_value(call, ops.conv1d.default(*_values(arguments)))
-            arguments = longer, 2, 0, _size(graph, conv.input, 2)
-            cut = _with_value(graph.call_function(aten.slice.Tensor, arguments), aten.slice.Tensor(*_values(arguments)))
+            longer = _call(graph, ops.conv1d.default, *arguments)
+            cut = _call(graph, aten.slice.Tensor, longer, 2, 0, _size(graph, conv.input, 2))
             call = graph.call_function(aten.clone.default, (cut,), {"memory_format": torch.contiguous_format})
+        else:
+            call = graph.call_function(ops.conv1d.default, arguments)
         return call, dispatch.plan(problem, conv.device)
     arguments = (backward.grad_output, conv.weight, _size(graph, conv.input, 2), *geometry)
     sizes = stand_in(value(backward.grad_output)), stand_in(value(conv.weight)), hint(value(conv.input).shape[2])
@@ -141,6 +141,9 @@ def _input_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
 
 
 def _weight_grad(graph: Graph, backward: Backward) -> tuple[Node, Plan]:
+    if surplus := _surplus(backward.conv):
+        padded = _call(graph, aten.constant_pad_nd.default, backward.conv.input, [0, surplus])
+        backward = replace(backward, conv=replace(backward.conv, input=padded))
     plan = plan_weight_grad(_weight_problem(backward), backward.conv.device)
     return graph.call_function(ops.conv1d_weight_grad.default, _weight_arguments(graph, backward)), plan
 
@@ -160,19 +163,12 @@ def _weight_and_bias_grad(graph: Graph, backward: Backward) -> dict[int, tuple[N
 
 def _weight_problem(backward: Backward) -> WeightGradProblem:
     conv = backward.conv
-    grad_output, x = (value(node) for node in _pair(backward))
-    if _surplus(conv):
-        grad_output = _padded(grad_output, _surplus(conv))
-    sizes = stand_in(grad_output), stand_in(x), hint(value(conv.weight).shape[2])
+    sizes = *(stand_in(value(node)) for node in _pair(backward)), hint(value(conv.weight).shape[2])
     return weight_grad_problem(*sizes, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _weight_arguments(graph: Graph, backward: Backward) -> tuple:
-    grad_output, x = _pair(backward)
-    if surplus := _surplus(backward.conv):
-        padded = graph.call_function(aten.constant_pad_nd.default, (grad_output, [0, surplus]))
-        grad_output = _with_value(padded, _padded(value(grad_output), surplus))
-    return grad_output, x, _size(graph, backward.conv.weight, 2), *_geometry(backward.conv)
+    return *_pair(backward), _size(graph, backward.conv.weight, 2), *_geometry(backward.conv)
 
 
 def _surplus(conv: Convolution) -> int:
@@ -180,17 +176,11 @@ def _surplus(conv: Convolution) -> int:
     return conv.output_padding // conv.stride if conv.transposed else 0
 
 
-def _padded(tensor: Tensor, surplus: int) -> Tensor:
-    return aten.constant_pad_nd.default(tensor, [0, surplus])
-
-
-def _with_value(node: Node, tensor: Tensor) -> Node:
-    node.meta["val"] = tensor
+def _call(graph: Graph, op: OpOverload, *arguments: object) -> Node:
+    """A call whose value is read here, and not only by the graph."""
+    node = graph.call_function(op, arguments)
+    node.meta["val"] = op(*(value(argument) if isinstance(argument, Node) else argument for argument in arguments))
     return node
-
-
-def _values(arguments: tuple) -> tuple:
-    return tuple(value(argument) if isinstance(argument, Node) else argument for argument in arguments)
 
 
 def _pair(backward: Backward) -> tuple[Node, Node]:
