@@ -223,7 +223,7 @@ class ChainCall:
 
         By what they have in common: the steps, and which of their workspaces each launch fills.
         """
-        from torch_conv_triton.kernels.launch import MAX_TOGETHER
+        from torch_conv_triton.kernels.launch import has_room
 
         found: dict[tuple, list] = {}
         for step, call in enumerate(calls):
@@ -234,9 +234,7 @@ class ChainCall:
                 steps = found.setdefault(key, [])
                 size = sum(call.recording.workspace_bytes[i] for i in spaces)
                 # what is filled together is there together
-                if (len(steps) + 1) * size <= MAX_TOGETHER and weight not in [
-                    self.chain.steps[other].weight for other, _ in steps
-                ]:
+                if has_room(steps, size) and weight not in [self.chain.steps[other].weight for other, _ in steps]:
                     steps.append((step, spaces))
         return {key: steps for key, steps in found.items() if len(steps) > 1}
 

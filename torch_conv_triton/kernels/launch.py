@@ -8,7 +8,7 @@ without Triton's binding of arguments.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -381,6 +381,11 @@ class Recording:
 MAX_TOGETHER = 32 * 2**20
 
 
+def has_room(together: Sized, size: int) -> bool:
+    """Whether one more launch may be made with these as one, each of which fills `size` bytes."""
+    return (len(together) + 1) * size <= MAX_TOGETHER
+
+
 def launch_together(alike: tuple, tensors: Sequence[Sequence[Tensor]]) -> Recording:
     """Make `Recording.joinable` launches as one, and record it: each on tensors of its own.
 
@@ -403,7 +408,7 @@ def rehearsed_together(launches: Iterable[tuple]) -> Iterator[tuple]:
         if sizes and not any(isinstance(arg, (Tensor, TensorDescriptor)) for arg in (*args, *keywords.values())):
             key = kernel, tuple(None if isinstance(arg, tuple) else arg for arg in args), tuple(keywords.items())
             alike = found.setdefault(key, [])
-            if (len(alike) + 1) * sizes[-1] <= MAX_TOGETHER:
+            if has_room(alike, sizes[-1]):
                 alike.append(args)
     for (kernel, _, keywords), alike in found.items():
         if len(alike) > 1:
