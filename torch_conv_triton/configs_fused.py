@@ -43,16 +43,22 @@ def of_all_channels(problem: Conv1dProblem, device: Device, beside: bool) -> Con
     """
     if problem.transposed or device.capability != 90:
         return None
-    channels = problem.C_in_per_group
-    if problem.K == 1:
-        measured = beside and problem.dtype.itemsize == 4 and problem.groups == 1 and channels in (96, 128)
-        config = POINTWISE.get(problem.C_out_per_group) if measured else None
-        if config is None or problem.N * problem.L_out < 8 * config.BLOCK_M * device.sm_count:
-            return None
-        return replace(config, BLOCK_K=channel_block(problem, config.BLOCK_K))
+    return (_pointwise if problem.K == 1 else _in_two_parts)(problem, device, beside)
+
+
+def _pointwise(problem: Conv1dProblem, device: Device, beside: bool) -> Config | None:
+    measured = beside and problem.dtype.itemsize == 4 and problem.groups == 1 and problem.C_in in (96, 128)
+    config = POINTWISE.get(problem.C_out) if measured else None
+    if config is None or problem.N * problem.L_out < 8 * config.BLOCK_M * device.sm_count:
+        return None
+    return replace(config, BLOCK_K=channel_block(problem, config.BLOCK_K))
+
+
+def _in_two_parts(problem: Conv1dProblem, device: Device, beside: bool) -> Config | None:
     config = TWO_PARTS[problem.dtype.itemsize].get(problem.C_out_per_group)
     if config is None:
         return None
+    channels = problem.C_in_per_group
     if channels % 32 or channels * problem.K < 512 or problem.L_out < config.BLOCK_M or problem.flops < 2e9:
         return None
     tiles = problem.groups * problem.N * -(-problem.L_out // config.BLOCK_M)

@@ -159,11 +159,8 @@ def conv1d_dense_frames(
     within = padding == 0 and (L_out - 1) * stride + K <= L_in
     copied = config.copy_to_nlc or not within or x.stride(2) != 1 or (N > 1 and x.stride(0) * x.element_size() % 16 != 0)
     # samples of the copy, too, begin at whole vectors: at multiples of the stride
-    rows = (
-        padded_copy(x, padding, (L_out + triton.cdiv(K, stride) - 1) * stride, rounded=tf32 and not fusion.rounded)
-        if copied
-        else x
-    )
+    rounds = tf32 and not fusion.rounded
+    rows = padded_copy(x, padding, (L_out + triton.cdiv(K, stride) - 1) * stride, rounds) if copied else x
     vector = 16 // weight.element_size()
     taps = triton.cdiv(K, vector) * vector
     w, stride_wo, _ = weight_matrix(weight.transpose(1, 2), tap_major=True, rounded=tf32, channels=taps, aligned=True)
@@ -192,7 +189,7 @@ def conv1d_dense_frames(
         tiles_n,
         K=K,
         NARROW=narrow,
-        ROUND_X=tf32 and not (copied or fusion.rounded),
+        ROUND_X=rounds and not copied,
         PRECISION=dot_precision(x.dtype, tf32),
         HAS_BIAS=bias is not None,
         **fusion.arguments(y),
